@@ -1,0 +1,142 @@
+"""The site's settings as the launcher sees them: the values, and a snapshot that is read without a YAML parser.
+
+``/etc/shifterwrap/shifterwrap.yaml`` and ``conf.d/*.yaml`` beside it are the configuration. Parsing YAML costs more
+than a whole launch, so :mod:`shifterwrap.sitefile` leaves a JSON snapshot that names path, inode, size and mtime_ns of
+every file and directory it came from; a launch stats those and reads one small file. A stale snapshot is made anew in a
+child process. A snapshot is believed only when root owns it (the site's) or the caller does (his own).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+from .errors import ConfigError, from_record
+
+SITE_FILE = "/etc/shifterwrap/shifterwrap.yaml"
+SITE_SNAPSHOT = "/run/shifterwrap/config.json"
+SNAPSHOT_VERSION = 1
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Config(NamedTuple):
+    """Every setting with its default; help, units and ranges are the rows of :data:`sitefile.SETTINGS`."""
+
+    runtime: str = "auto"
+    default_registry: str = "docker.io"
+    insecure_registries: tuple[str, ...] = ()
+    local_scratch: str = ""
+    cache_max_bytes: int = 0
+    cache_min_free_bytes: int = 1 << 30
+    owner_policy: str = "root"
+    compressor: str = "auto"
+    compression_level: int = 1
+    block_bytes: int = 128 << 10
+    threads: int = 0
+    pull_deadline_seconds: int = 3600
+    connect_seconds: int = 10
+    read_seconds: int = 30
+    retries: int = 5
+    max_image_bytes: int = 1 << 40
+    max_entries: int = 5_000_000
+    max_ratio: int = 200
+    mount_home: bool = True
+    binds: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    tool_path: str = DEFAULT_PATH
+
+
+def load(environ: Mapping[str, str], uid: int) -> Config:
+    """The configuration in force; ConfigError when a file is wrong or SHIFTERWRAP_CONFIG names none."""
+    chosen = environ.get("SHIFTERWRAP_CONFIG", "")
+    path = chosen or SITE_FILE
+    sources = fingerprint(path)
+    if not any(mark[1] for mark in sources):
+        if chosen:
+            raise ConfigError(f"SHIFTERWRAP_CONFIG names no file: {path}", "unset it, or correct the path")
+        return Config()
+    for snapshot in (SITE_SNAPSHOT, own_snapshot(environ, uid, path)):
+        values = _read_snapshot(snapshot, uid, path, sources)
+        if values is not None:
+            return from_values(values)
+    return from_values(_refresh(path))
+
+
+def fingerprint(path: str) -> list[list[Any]]:
+    """``[path, inode, size, mtime_ns]`` of the file, its conf.d and the files there; zeros for what is missing."""
+    drop_ins = os.path.join(os.path.dirname(path), "conf.d")
+    paths = [path, drop_ins]
+    try:
+        paths += sorted(os.path.join(drop_ins, name) for name in os.listdir(drop_ins) if name.endswith(".yaml"))
+    except OSError:
+        pass
+    return [_mark(item) for item in paths]
+
+
+def _mark(path: str) -> list[Any]:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return [path, 0, 0, 0]
+    return [path, info.st_ino, info.st_size, info.st_mtime_ns]
+
+
+def own_snapshot(environ: Mapping[str, str], uid: int, path: str) -> str:
+    """Where this user's own snapshot of the configuration at ``path`` lives."""
+    return os.path.join(runtime_dir(environ, uid), f"config-{path.replace('/', '+')}.json")
+
+
+def runtime_dir(environ: Mapping[str, str], uid: int) -> str:
+    """The directory for this user's small generated files, in memory; it may not exist yet."""
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    try:
+        info = os.lstat(base)
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == uid and not info.st_mode & 0o022:
+            return os.path.join(base, "shifterwrap")
+    except OSError:
+        pass
+    return f"/dev/shm/shifterwrap-{uid}"
+
+
+def _read_snapshot(snapshot: str, uid: int, path: str, sources: list[list[Any]]) -> Optional[dict[str, Any]]:
+    try:
+        fd = os.open(snapshot, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(fd, "rb") as stream:
+        info = os.fstat(fd)
+        if info.st_uid not in (0, uid) or info.st_mode & 0o022:
+            return None
+        try:
+            document = json.load(stream)
+        except ValueError:
+            return None
+    if not isinstance(document, dict) or document.get("version") != SNAPSHOT_VERSION or document.get("path") != path:
+        return None
+    return document["values"] if document.get("sources") == sources else None
+
+
+def from_values(values: Mapping[str, Any]) -> Config:
+    """A Config of validated values; keys of a newer version are left out."""
+    known: dict[str, Any] = {key: value for key, value in values.items() if key in Config._fields}
+    return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+
+
+def _refresh(path: str) -> dict[str, Any]:
+    """Parse in a child: this process stays without the YAML parser, and the next one finds the snapshot."""
+    import subprocess  # only on a changed configuration
+
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
+    child = subprocess.run([sys.executable, "-I", program, "snapshot", path], stdout=subprocess.PIPE, check=False)
+    try:
+        document = json.loads(child.stdout)
+    except ValueError:
+        raise ConfigError(f"{path}: cannot be parsed") from None
+    if "error" in document:
+        raise from_record(document["error"])
+    values: dict[str, Any] = document["values"]
+    return values

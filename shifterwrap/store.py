@@ -1,0 +1,372 @@
+"""The write side of the cache: stage, commit, remove, reserve. The layout and its invariants are in cache.py.
+
+An entry is born in ``stage/UUID`` under the write lock of its ``lock`` file, which it keeps for life: commit() fsyncs
+the bytes, renames the directory to its key and turns the write lock into the read lock that it returns, so there is no
+moment in which an evictor could take what was just made. What a crash leaves behind:
+
+- before the rename: a stage directory whose lock nobody holds, which the next reap() removes;
+- after the rename: a complete entry, at worst without a ref; the next pull of it finds it by digest;
+- in remove(): a directory in ``stage/`` again, never a half-removed entry under its key.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
+
+from . import cache, evict, linux
+from .cache import Entry, Key, Lease, Ref
+from .errors import CacheError, CacheFull, EntryBusy, Error
+
+_DIRECTORIES = ("entries", "refs", "pins", "locks", "stage")
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of shifterwrap; see https://bford.info/cachedir/\n"
+
+
+class Stage(NamedTuple):
+    """A directory that is being filled, and the descriptor that holds its write lock."""
+
+    path: str
+    lock_fd: int
+
+
+def create(root: str, uid: int) -> None:
+    """Make sure that there is a cache at ``root``; ``version`` is written last, so half a layout is none.
+
+    CacheError when the place cannot be written, belongs to others or holds something else.
+    """
+    if cache.check(root, uid):
+        return
+    with explained(root):
+        os.makedirs(os.path.dirname(root), exist_ok=True)
+        try:
+            os.mkdir(root, 0o700)
+        except FileExistsError:
+            foreign = set(os.listdir(root)) - {"CACHEDIR.TAG", *_DIRECTORIES} - {"version"}
+            if any(not name.startswith(".new-") for name in foreign):
+                raise CacheError(f"{root} is not empty and not a cache", "name an empty or a new directory") from None
+            if not cache.check(root, uid):
+                os.chmod(root, 0o700)
+        for name in _DIRECTORIES:
+            os.makedirs(os.path.join(root, name), 0o700, exist_ok=True)
+        write_file(os.path.join(root, "CACHEDIR.TAG"), _TAG.encode())
+        write_file(os.path.join(root, "version"), f"{cache.LAYOUT_VERSION}\n".encode())
+
+
+@contextmanager
+def explained(root: str) -> Iterator[None]:
+    """Turn an OSError of writing under ``root`` into the error that names the cache and the cure."""
+    try:
+        yield
+    except OSError as exc:
+        raise explain(exc, root) from exc
+
+
+def explain(exc: OSError, root: str) -> Error:
+    """The error for an OSError met while writing under ``root``."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CacheFull(f"no space left for the cache {root} ({_free(root) >> 20} MiB free)")
+    if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return CacheError(f"cache {root} cannot be written", "set SHIFTERWRAP_CACHE_DIR to a directory of yours")
+    return CacheError(f"cache {root}: {exc.filename or 'write'} failed")
+
+
+def _free(path: str) -> int:
+    try:
+        info = os.statvfs(cache._existing(path))
+    except OSError:
+        return 0
+    return info.f_bavail * info.f_frsize
+
+
+def write_file(path: str, data: bytes, *, durable: bool = False) -> None:
+    """Put ``data`` at ``path`` in one step; a crash leaves the old file or the new one, at worst a ``.new-`` beside."""
+    temporary = os.path.join(os.path.dirname(path), f".new-{os.getpid()}-{uuid.uuid4().hex}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if durable:
+                os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        _unlink(temporary)
+        raise
+
+
+def write_json(path: str, document: dict[str, Any], *, durable: bool = False) -> None:
+    """As :func:`write_file`, for a JSON object."""
+    write_file(path, json.dumps(document, separators=(",", ":")).encode(), durable=durable)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+@contextmanager
+def stage(root: str) -> Iterator[Stage]:
+    """A stage directory for the block; whatever is still in it at the block's end is removed."""
+    with explained(root):
+        made = _new_stage(root)
+    try:
+        yield made
+    finally:
+        if cache.names_same_file(os.path.join(made.path, "lock"), made.lock_fd):  # not committed
+            discard(made)
+            os.close(made.lock_fd)
+
+
+def _new_stage(root: str) -> Stage:
+    while True:
+        path = os.path.join(root, "stage", uuid.uuid4().hex)
+        os.mkdir(path, 0o700)
+        fd = _write_lock(os.path.join(path, "lock"))
+        if fd is not None:
+            return Stage(path, fd)
+        # A reaper got between mkdir and lock, took the directory for garbage and removes it: take another name.
+
+
+def _write_lock(path: str) -> Optional[int]:
+    """A descriptor with the write lock of ``path``, which is made if need be; None when it is held or replaced."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        return None
+    if linux.ofd_lock(fd, fcntl.F_WRLCK) and cache.names_same_file(path, fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def discard(made: Stage) -> None:
+    """Remove a stage directory, its lock last: without the lock file it would be nobody's."""
+    _remove_tree(made.path, keep="lock")
+    _unlink(os.path.join(made.path, "lock"))
+    try:
+        os.rmdir(made.path)
+    except OSError:
+        pass
+
+
+def _remove_tree(path: str, keep: str = "") -> None:
+    for item in os.scandir(path):
+        if item.name == keep:
+            continue
+        if item.is_dir(follow_symlinks=False):
+            _make_removable(item.path)
+            shutil.rmtree(item.path, ignore_errors=True)
+        else:
+            _unlink(item.path)
+
+
+def _make_removable(path: str) -> None:
+    """Give the owner back what a tree entry's modes may deny, so that an ordinary user can remove his own."""
+    os.chmod(path, 0o700)
+    for base, names, _ in os.walk(path):
+        for name in names:
+            child = os.path.join(base, name)
+            if not os.path.islink(child) and os.lstat(child).st_mode & 0o700 != 0o700:
+                os.chmod(child, 0o700)
+
+
+def commit(root: str, made: Stage, key: Key, record: dict[str, Any], image: dict[str, Any]) -> Lease:
+    """Publish the stage directory as the entry of ``key`` and return it leased.
+
+    The one commit point of the whole project is the rename in here. The caller wrote and verified the image in
+    ``made.path``; this checks its size once more, makes everything durable, renames. An entry that is there already
+    stays, ours is dropped (publishing never overwrites), and the lease is on the one that is there.
+    """
+    target = os.path.join(root, "entries", str(key))
+    staged = Entry(str(key), made.path, key.kind, record)
+    with explained(root):
+        if not cache.sound(staged):
+            raise CacheError(f"{staged.image} has not its recorded size", "run again; nothing was cached")
+        if key.kind == cache.SQUASHFS:
+            _fsync(staged.image)
+            os.chmod(staged.image, 0o444)
+        _keep_only(made.path, {cache.IMAGE_NAMES[key.kind], "manifest.json", "config.json", "lock"})
+        write_json(os.path.join(made.path, "image.json"), image, durable=True)
+        write_json(os.path.join(made.path, "entry.json"), record, durable=True)
+        _fsync(made.path)
+        try:
+            linux.rename_noreplace(made.path, target)  # before: garbage that any run may reap; after: complete
+        except FileExistsError:
+            return _existing_entry(root, made, key)
+        _fsync(os.path.join(root, "entries"))
+    linux.ofd_lock(made.lock_fd, fcntl.F_RDLCK)  # a conversion: the lock is never let go in between
+    return Lease(Entry(str(key), target, key.kind, record), made.lock_fd)
+
+
+def _keep_only(path: str, names: set[str]) -> None:
+    """Drop what was only needed to make the image: blobs, the reservation."""
+    for item in os.scandir(path):
+        if item.name not in names:
+            shutil.rmtree(item.path) if item.is_dir(follow_symlinks=False) else os.unlink(item.path)
+
+
+def _existing_entry(root: str, made: Stage, key: Key) -> Lease:
+    found = cache.lease(root, key)
+    if found is None:
+        raise CacheError(f"entry {key} is damaged", f"remove it with: shifterwrap rm {key}")
+    return found
+
+
+def _fsync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def put_ref(root: str, path: str, ref: Ref) -> None:
+    """Record what a reference means now; written after the entry, so that it never names what is not there yet."""
+    with explained(root):
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        write_json(path, ref._asdict())
+
+
+def remove(root: str, name: str) -> int:
+    """Remove an entry and its pin; the bytes that became free. EntryBusy when it is leased.
+
+    The entry leaves its key by a rename into ``stage/`` while its write lock is held: whoever looks sees all of it or
+    nothing, and if this process dies the next reap() finishes the work.
+    """
+    path = os.path.join(root, "entries", name)
+    with explained(root):
+        fd = _write_lock(os.path.join(path, "lock"))
+        if fd is None:
+            if not os.path.lexists(path):
+                return 0
+            raise EntryBusy(f"entry {name} is in use")
+        try:
+            entry = cache.read_entry(path)
+            size = entry.bytes if entry else 0
+            doomed = os.path.join(root, "stage", uuid.uuid4().hex)
+            os.rename(path, doomed)
+            _unlink(os.path.join(root, "pins", name))
+            discard(Stage(doomed, fd))
+        finally:
+            os.close(fd)
+    return size
+
+
+def remove_refs(root: str, digests: set[str]) -> None:
+    """Forget what pointed to ``digests``, the manifests of entries that are no more."""
+    for base, _, names in os.walk(os.path.join(root, "refs")):
+        for name in names:
+            path = os.path.join(base, name)
+            ref = cache.read_ref(path)
+            if ref is not None and ref.digest in digests:
+                _unlink(path)
+
+
+def reap(root: str) -> int:
+    """Remove what dead processes left in ``stage/``; the number of directories removed."""
+    count = 0
+    base = os.path.join(root, "stage")
+    for name in _names(base):
+        path = os.path.join(base, name)
+        fd = _write_lock(os.path.join(path, "lock"))
+        if fd is None:
+            continue
+        try:
+            discard(Stage(path, fd))
+            count += 1
+        finally:
+            os.close(fd)
+    for name in _names(root):
+        if name.startswith(".new-") and time.time() - os.lstat(os.path.join(root, name)).st_mtime > 3600:
+            _unlink(os.path.join(root, name))
+    return count
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def pin(root: str, name: str) -> None:
+    """Keep the entry from ever being evicted."""
+    with explained(root):
+        write_file(os.path.join(root, "pins", name), b"")
+
+
+def unpin(root: str, name: str) -> bool:
+    """Undo :func:`pin`; False when it was not pinned."""
+    with explained(root):
+        try:
+            os.unlink(os.path.join(root, "pins", name))
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def candidates(root: str) -> list[evict.Candidate]:
+    """What :func:`evict.victims` decides about."""
+    found = []
+    for entry in cache.entries(root):
+        try:
+            used = cache.last_used(entry)
+        except OSError:
+            continue  # removed while we looked
+        kept = cache.pinned(root, entry.name) or cache.in_use(entry)
+        found.append(evict.Candidate(entry.name, entry.bytes, used, kept))
+    return found
+
+
+def shortage(root: str, need_bytes: int, max_bytes: int, min_free_bytes: int) -> int:
+    """Bytes that must go before ``need_bytes`` more fit; 0 when they fit, by our own budget and the file system's.
+
+    What other pulls reserved and have not written yet counts as used.
+    """
+    promised = sum(_outstanding(os.path.join(root, "stage", name)) for name in _names(os.path.join(root, "stage")))
+    lacking = need_bytes + promised + min_free_bytes - _free(root)
+    if max_bytes:
+        lacking = max(lacking, need_bytes + promised + sum(entry.bytes for entry in cache.entries(root)) - max_bytes)
+    return max(lacking, 0)
+
+
+def _outstanding(path: str) -> int:
+    reserved = cache.read_json(os.path.join(path, "reserved.json"))
+    if not reserved:
+        return 0
+    try:
+        written = sum(item.stat(follow_symlinks=False).st_blocks * 512 for item in os.scandir(path))
+    except OSError:
+        return 0
+    return max(int(reserved.get("bytes", 0)) - written, 0)
+
+
+def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_bytes: int,
+            on_evict: Callable[[str], None]) -> None:  # fmt: skip
+    """Make room for ``need_bytes``, evicting the least recently used, and promise them to this stage directory.
+
+    CacheFull when what may be evicted is not enough: nothing is evicted then.
+    """
+    lacking = shortage(root, need_bytes, max_bytes, min_free_bytes)
+    doomed = evict.victims(candidates(root), lacking, time.time())
+    if sum(victim.bytes for victim in doomed) < lacking:
+        raise CacheFull(f"cache {root}: {need_bytes >> 20} MiB are needed, {max(_free(root), 0) >> 20} MiB are free and "
+                        "what is in use, pinned or new may not be evicted")  # fmt: skip
+    for victim in doomed:
+        try:
+            remove(root, victim.name)
+        except EntryBusy:
+            continue  # leased since we looked; the write that does not fit will say so
+        on_evict(victim.name)
+    with explained(root):
+        write_json(os.path.join(made.path, "reserved.json"), {"bytes": need_bytes})
