@@ -44,6 +44,9 @@ from .oci import Platform, Reference
 LAYOUT_VERSION = 1
 CONTENT_FORMAT = 1  # raised only when the bytes that an older version wrote would be wrong
 SQUASHFS, TREE = "squashfs", "tree"
+# Paths whose presence in an image some runtimes depend on; image.json records which are there.
+MOUNT_POINTS = ("/dev", "/proc", "/sys", "/tmp", "/var/tmp", "/home", "/root", "/run", "/mnt", "/opt", "/srv",
+                "/etc/passwd", "/etc/group", "/etc/hosts", "/etc/resolv.conf", "/etc/localtime")
 IMAGE_NAMES = {SQUASHFS: "image.sqsh", TREE: "tree"}
 
 
@@ -112,7 +115,7 @@ def locate(environ: Mapping[str, str], uid: int, local_scratch: str) -> str:
         kind = linux.network_file_system(_existing(named))
         if kind:
             raise CacheError(f"{named} is on a network file system ({kind})",
-                             "set SHIFTERWRAP_CACHE_DIR to a node-local directory")  # fmt: skip
+                             "set SHIFTERWRAP_CACHE_DIR to a node-local directory")
         return os.path.normpath(named)
     for base, name in _candidates(environ, uid, local_scratch):
         if os.access(_existing(base), os.W_OK) and not linux.network_file_system(_existing(base)):
@@ -152,7 +155,7 @@ def check(root: str, uid: int) -> bool:
         raise CacheError(f"cache {root} is not a directory", "set SHIFTERWRAP_CACHE_DIR to a directory of yours")
     if info.st_uid != uid:
         raise CacheError(f"cache {root} belongs to uid {info.st_uid}, not to {uid}",
-                         "a cache without a daemon has one user: set SHIFTERWRAP_CACHE_DIR to a directory of yours")  # fmt: skip
+                         "a cache without a daemon has one user: set SHIFTERWRAP_CACHE_DIR to a directory of yours")
     if info.st_mode & 0o022:
         raise CacheError(f"cache {root} is writable by others", f"repair it with: chmod 700 {root}")
     try:

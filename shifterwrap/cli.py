@@ -1,4 +1,4 @@
-"""The command ``shifterwrap``: what people and scripts do with the cache. Everything here is off the launcher's path."""
+"""The command ``shifterwrap``: what people and scripts do with the cache; nothing here is on the launcher's path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Context(NamedTuple):
 def main() -> int:
     """The program."""
     args = _parser().parse_args()
-    return guard(PROG, lambda: _dispatch(args), admin=True, json=args.json)
+    return guard(PROG, lambda: _dispatch(args), admin=True, json=bool(args.json))
 
 
 def _dispatch(args: argparse.Namespace) -> int:
@@ -40,7 +40,8 @@ def _dispatch(args: argparse.Namespace) -> int:
     context = Context(args, settings, root)
     if args.needs_cache and not cache.check(root, os.getuid()) and args.needs_cache == "existing":
         raise NotCached(f"there is no cache at {root} yet")
-    return int(args.run(context))
+    run: Callable[[Context], int] = args.run
+    return run(context)
 
 
 def _pull(context: Context) -> int:
@@ -63,7 +64,7 @@ def _row(root: str, entry: Entry) -> dict[str, Any]:
         "bytes": entry.bytes, "created": entry.record.get("created", 0), "last_used": cache.last_used(entry),
         "pinned": cache.pinned(root, entry.name), "in_use": cache.in_use(entry), "name": entry.name,
         "path": entry.image,
-    }  # fmt: skip
+    }
 
 
 def _list(context: Context) -> int:
@@ -86,7 +87,7 @@ def _list(context: Context) -> int:
         flags = " ".join(word for word, key in (("pinned", "pinned"), ("in use", "in_use")) if row[key])
         for reference in row["references"] or ["-"]:
             table.append((reference, str(row["digest"])[:19], str(row["kind"]), progress.size(int(row["bytes"])),
-                          _ago(now - float(row["last_used"])), flags))  # fmt: skip
+                          _ago(now - float(row["last_used"])), flags))
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     for line in table:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -119,7 +120,7 @@ def select(context: Context, texts: Iterable[str]) -> list[Entry]:
             entry for entry in entries
             if entry.record.get("digest") in digests or entry.name == text
             or (len(bare) >= 8 and str(entry.record.get("digest", "")).removeprefix("sha256:").startswith(bare))
-        ]  # fmt: skip
+        ]
         if not matches:
             raise NotCached(f"{text} is not in the cache {context.root}", "shifterwrap list shows what is")
         found += [entry for entry in matches if entry not in found]
@@ -134,7 +135,7 @@ def _inspect(context: Context) -> int:
             **_row(context.root, entry), "record": entry.record, "image": cache.image_document(entry),
             "layers": [{key: item.get(key) for key in ("digest", "size", "mediaType")}
                        for item in manifest.get("layers", [])],
-        })  # fmt: skip
+        })
     if context.args.json:
         print(json.dumps(documents, indent=1))
         return 0
@@ -156,7 +157,7 @@ def _inspect_lines(document: dict[str, Any]) -> list[str]:
         f" by shifterwrap {record.get('shifterwrap', '?')} with {record.get('converter', '?')}",
         f"entrypoint:  {json.dumps(image['entrypoint'])}", f"cmd:         {json.dumps(image['cmd'])}",
         f"workdir:     {image['working_dir'] or '/'}",
-    ]  # fmt: skip
+    ]
     lines += [f"env:         {item}" for item in image["env"]]
     lines += [f"layer:       {item['digest']} {progress.size(int(item['size']))}" for item in document["layers"]]
     return lines
@@ -241,7 +242,7 @@ def _gc(context: Context) -> int:
     doomed = evict.victims(candidates, need, now)
     if args.older_than is not None:
         doomed += [item for item in candidates
-                   if item not in doomed and not item.kept and now - item.last_used > args.older_than * 86400]  # fmt: skip
+                   if item not in doomed and not item.kept and now - item.last_used > args.older_than * 86400]
     reaped = 0 if args.dry_run else store.reap(context.root)
     removed = []
     for item in doomed:
@@ -260,7 +261,8 @@ def _gc(context: Context) -> int:
     for row in removed:
         print(f"{verb} {row['name']} ({progress.size(int(str(row['bytes'])))})")
     total = sum(int(str(row["bytes"])) for row in removed)
-    print(f"{verb} {len(removed)} entries ({progress.size(total)})" + (f", {reaped} unfinished pulls" if reaped else ""))
+    unfinished = f", {reaped} unfinished pulls" if reaped else ""
+    print(f"{verb} {len(removed)} entries ({progress.size(total)}){unfinished}")
     return 0
 
 
@@ -268,7 +270,7 @@ def _export(context: Context) -> int:
     (entry,) = select(context, [context.args.image])[:1]
     if entry.kind != cache.SQUASHFS:
         raise UsageError(f"{entry.name} is a directory tree, not a squashfs file",
-                         "copy the directory that shifterwrap inspect shows")  # fmt: skip
+                         "copy the directory that shifterwrap inspect shows")
     held = cache.lease_name(context.root, entry.name)
     if held is None:
         raise NotCached(f"{context.args.image} was removed meanwhile")
@@ -318,7 +320,8 @@ def _config(context: Context) -> int:
         raise UsageError(f"no setting {wanted}", "shifterwrap config lists them")
     shown = [row for row in rows if not wanted or row.setting.key == wanted]
     if context.args.json:
-        print(json.dumps([{"key": row.setting.key, "value": row.value, "source": row.source} for row in shown], indent=1))
+        rows_out = [{"key": row.setting.key, "value": row.value, "source": row.source} for row in shown]
+        print(json.dumps(rows_out, indent=1))
         return 0
     for row in shown:
         print(f"{row.setting.key}: {sitefile.show(row.value)}  # {row.source}")
@@ -348,7 +351,7 @@ def _size(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description="Manage the node-local cache of container images.",
-                                     epilog="Exit: 0 done, 1 failed, 2 wrong usage, 3 not cached. man shifterwrap(1).")  # fmt: skip
+                                     epilog="Exit: 0 done, 1 failed, 2 wrong usage, 3 not cached. man shifterwrap(1).")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -364,8 +367,9 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--platform", default="", metavar="OS/ARCH", help="default: this machine's")
     pull.add_argument("-v", "--verbose", action="store_true", help="print the seconds of each stage")
     add("list", _list, "list what is cached", "any")
-    images = {"nargs": "+", "metavar": "IMAGE", "help": "a reference, a digest (8 digits are enough) or an entry's name"}
-    add("inspect", _inspect, "show an image's configuration and origin").add_argument("image", **images)  # type: ignore[arg-type]
+    images: dict[str, Any] = {"nargs": "+", "metavar": "IMAGE",
+                              "help": "a reference, a digest (8 digits are enough) or an entry's name"}
+    add("inspect", _inspect, "show an image's configuration and origin").add_argument("image", **images)
     verify = add("verify", _verify, "read entries whole and compare them with what was committed")
     verify.add_argument("image", nargs="*", metavar="IMAGE")
     verify.add_argument("--all", action="store_true", help="every entry (the default)")
@@ -373,8 +377,8 @@ def _parser() -> argparse.ArgumentParser:
     group = remove.add_mutually_exclusive_group(required=True)
     group.add_argument("image", nargs="*", metavar="IMAGE", default=[])
     group.add_argument("--all", action="store_true", help="every entry that no job uses")
-    add("pin", _pin, "keep images from being evicted").add_argument("image", **images)  # type: ignore[arg-type]
-    add("unpin", _unpin, "let images be evicted again").add_argument("image", **images)  # type: ignore[arg-type]
+    add("pin", _pin, "keep images from being evicted").add_argument("image", **images)
+    add("unpin", _unpin, "let images be evicted again").add_argument("image", **images)
     collect = add("gc", _gc, "remove what dead pulls left, and the least recently used entries over the limits")
     collect.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     collect.add_argument("--max-bytes", type=_size, metavar="SIZE", help="shrink the cache to this size")

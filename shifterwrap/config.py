@@ -122,8 +122,11 @@ def _read_snapshot(snapshot: str, uid: int, path: str, sources: list[list[Any]])
 
 def from_values(values: Mapping[str, Any]) -> Config:
     """A Config of validated values; keys of a newer version are left out."""
-    known: dict[str, Any] = {key: value for key, value in values.items() if key in Config._fields}
-    return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    known: dict[str, Any] = {}
+    for key in Config._fields:
+        if key in values:
+            known[key] = tuple(values[key]) if isinstance(values[key], list) else values[key]
+    return Config(**known)
 
 
 def _refresh(path: str) -> dict[str, Any]:

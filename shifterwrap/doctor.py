@@ -132,7 +132,7 @@ def _user_namespace_hint() -> str:
         ("user/max_user_namespaces", "0", "sysctl user.max_user_namespaces=28633"),
         ("kernel/apparmor_restrict_unprivileged_userns", "1",
          "an AppArmor profile with 'userns,' for python3, or sysctl kernel.apparmor_restrict_unprivileged_userns=0"),
-    ):  # fmt: skip
+    ):
         if _read(f"/proc/sys/{name}") == bad:
             return f"an administrator may allow them: {cure}"
     return "a seccomp filter or a security module forbids them; ask the administrator"
@@ -172,10 +172,10 @@ def _fuse(facts: Host) -> Finding:
         return Finding("ok", "mounting images", "root mounts squashfs in the kernel, by a loop device")
     if not facts.squashfuse:
         return Finding("warn", "squashfuse_ll", "not found: images are cached as directory trees",
-                       "install the package squashfuse (Debian, Ubuntu, EPEL)")  # fmt: skip
+                       "install the package squashfuse (Debian, Ubuntu, EPEL)")
     if not facts.fuse:
         return Finding("warn", "/dev/fuse", "not readable and writable: images are cached as directory trees",
-                       "chmod 666 /dev/fuse, as udev does; modprobe fuse")  # fmt: skip
+                       "chmod 666 /dev/fuse, as udev does; modprobe fuse")
     return Finding("ok", "mounting images", f"by {facts.squashfuse}")
 
 
@@ -199,7 +199,7 @@ def _squashfs_mounts(facts: Host) -> Iterator[Finding]:
 def _look_inside(path: str, facts: Host) -> None:
     user = plan.User(facts.uid, facts.gid, "probe", "probe", "", "")
     image = plan.Image(path, cache.SQUASHFS, (), (), (), "/")
-    embedded.enter(plan.Plan(image, (), (), {}, {}, ("/",), False, (), False, user), facts)
+    embedded.enter(plan.Plan(image, (), (), {}, frozenset(), "/", ("/",), False, (), False, user), facts)
     with open("/probe", "rb") as stream:
         if stream.read() != b"shifterwrap\n":
             raise OSError(5, "the file reads differently")
@@ -217,7 +217,7 @@ def _writer(settings: Config) -> Finding:
 
 def _modules() -> Iterator[Finding]:
     for name, what in (("isal", "gzip layers unpack about three times as fast"),
-                       ("zstandard", "zstd layers can be read, and images are written with zstd")):  # fmt: skip
+                       ("zstandard", "zstd layers can be read, and images are written with zstd")):
         if importlib.util.find_spec(name) is None:
             yield Finding("warn", f"Python package {name}", f"missing; with it {what}", "pip install shifterwrap[fast]")
         else:
@@ -237,8 +237,8 @@ def _runtimes(settings: Config) -> Iterator[Finding]:
 def _version(program: str) -> str:
     env = {"PATH": "/usr/bin:/bin", "HOME": "/", "USER": "root"}
     try:
-        done = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10, env=env,
-                              text=True, errors="replace", check=False)  # fmt: skip
+        done = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10,
+                              env=env, text=True, errors="replace", check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "(does not start)"
     return (done.stdout + done.stderr).strip().split("\n")[0][:60]

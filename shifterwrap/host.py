@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 # Where packages of apptainer put the squashfuse_ll that they bring along.
 _BUNDLED = ("/usr/libexec/apptainer/bin", "/usr/lib/x86_64-linux-gnu/apptainer/bin", "/usr/lib/apptainer/bin",
-            "/usr/local/libexec/apptainer/bin")  # fmt: skip
+            "/usr/local/libexec/apptainer/bin")
 RUNTIME_PROGRAMS = {"apptainer": ("apptainer", "singularity"), "charliecloud": ("ch-run",)}
 
 
@@ -80,7 +80,7 @@ def _full_capabilities(proc: str) -> bool:
     """Whether the capability bounding set is whole; root in a container or a hardened unit has less."""
     try:
         with open(f"{proc}/self/status", encoding="ascii") as status, \
-             open(f"{proc}/sys/kernel/cap_last_cap", encoding="ascii") as last:  # fmt: skip
+             open(f"{proc}/sys/kernel/cap_last_cap", encoding="ascii") as last:
             bounding = next(line.split()[1] for line in status if line.startswith("CapBnd:"))
             return int(bounding, 16) == (1 << (int(last.read()) + 1)) - 1
     except (OSError, StopIteration, ValueError):

@@ -69,7 +69,7 @@ def launch(asked: LaunchRequest, environ: Mapping[str, str]) -> int:
         _print_plan(asked, made, facts, runtime, environ)
         return 0
     _tell(asked, "plan", began)
-    _start(made, facts, runtime, held, environ)
+    return _start(made, facts, runtime, held, environ)
 
 
 def choose_runtime(name: str, settings: Config) -> str:
@@ -107,7 +107,7 @@ def _cwd(user: plan.User) -> str:
 def _image(held: Lease) -> plan.Image:
     document = cache.image_document(held.entry)
     return plan.Image(held.entry.image, held.entry.kind, tuple(document["env"]), tuple(document["entrypoint"]),
-                      tuple(document["cmd"]), document["working_dir"])  # fmt: skip
+                      tuple(document["cmd"]), document["working_dir"], frozenset(document.get("points", ())))
 
 
 def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Mapping[str, str]) -> NoReturn:
@@ -116,6 +116,8 @@ def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Map
     if runtime == "embedded":
         embedded.run(made, facts, held.fd)
     command = _command(made, facts, runtime, environ)
+    for note in command.notes:
+        print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
     os.set_inheritable(held.fd, True)  # the job's: the kernel drops the lease when its last process is gone
     try:
         os.execve(command.program, command.argv, command.env)
@@ -127,7 +129,7 @@ def _command(made: plan.Plan, facts: Host, runtime: str, environ: Mapping[str, s
     program = host.runtime_program(runtime, facts.tool_path)
     if runtime == "apptainer":
         return apptainer.command(made, facts, program, environ)
-    return charliecloud.command(made, facts, program)
+    return charliecloud.command(made, facts, program, environ)
 
 
 def _print_plan(asked: LaunchRequest, made: plan.Plan, facts: Host, runtime: str, environ: Mapping[str, str]) -> None:
@@ -135,15 +137,17 @@ def _print_plan(asked: LaunchRequest, made: plan.Plan, facts: Host, runtime: str
     import shlex
 
     if runtime == "embedded":
-        operations, argv = plan.describe(made), (PROG, "--runtime", "embedded", asked.image, "--", *made.argv)
+        options = [word for word in asked.words if word not in ("--dry-run", "--json")]
+        operations = plan.describe(made, environ)
+        argv: tuple[str, ...] = (PROG, *options, asked.image, "--", *asked.command)
         changed: dict[str, str] = {}
     else:
         command = _command(made, facts, runtime, environ)
-        operations, argv = [], command.argv
+        operations, argv = [f"note {note}" for note in command.notes], command.argv
         changed = {name: value for name, value in command.env.items() if environ.get(name) != value}
     if asked.json:
         print(json.dumps({"runtime": runtime, "image": made.image.path, "operations": operations, "env": changed,
-                          "argv": argv}))  # fmt: skip
+                          "argv": argv}))
         return
     print("\n".join([f"runtime {runtime}", *operations]))
     prefix = ["env", *(f"{name}={value}" for name, value in sorted(changed.items()))] if changed else []

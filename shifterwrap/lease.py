@@ -33,7 +33,7 @@ class Want(NamedTuple):
 
 
 def wanted(text: str, platform: Optional[Platform], settings: Config, mounts: bool, environ: Mapping[str, str],
-           uid: int) -> Want:  # fmt: skip
+           uid: int) -> Want:
     """What ``text`` names, in this user's cache; a caller who cannot mount squashfs gets directory trees."""
     reference = oci.parse_reference(text, settings.default_registry)
     kinds = (cache.SQUASHFS, cache.TREE) if mounts else (cache.TREE,)
@@ -50,7 +50,7 @@ def find(want: Want, since: float = 0.0) -> Optional[Lease]:
 
 
 def obtain(want: Want, settings: Config, pull: str, prog: str, *, offline: bool = False,
-           verbose: bool = False) -> Lease:  # fmt: skip
+           verbose: bool = False) -> Lease:
     """A lease on the image, pulled first if need be; NotCached where that was forbidden.
 
     ``pull`` is missing, always (ask the registry whether the tag moved) or never; ``prog`` signs what is printed.
@@ -71,12 +71,12 @@ def _produced(want: Want, settings: Config, always: bool, prog: str, verbose: bo
     waiting = Waiting(prog, str(want.reference), sys.stderr)
     waiter = singleflight.Waiter(now, now + settings.pull_deadline_seconds, waiting)
     job = {"reference": want.reference, "platform": want.platform, "root": want.root, "kinds": want.kinds,
-           "always": always, "deadline": waiter.deadline}  # fmt: skip
+           "always": always, "deadline": waiter.deadline}
     order = {"job": job, "config": settings._asdict(), "prog": prog, "verbose": verbose}
     path = singleflight.lock_path(want.root, f"{want.reference} {want.platform}")
     try:
         return singleflight.join(path, waiter, lambda: find(want, now if always else 0.0),
-                                 lambda flight: _work(flight, order), believe=not always)  # fmt: skip
+                                 lambda flight: _work(flight, order), believe=not always)
     finally:
         waiting.close()
 
@@ -88,7 +88,7 @@ def _make_lock_directory(root: str) -> None:
         os.makedirs(os.path.join(root, "locks"), 0o700, exist_ok=True)
     except OSError as exc:
         raise CacheError(f"cache {root} cannot be made: {exc.strerror}",
-                         "set SHIFTERWRAP_CACHE_DIR to a node-local directory of yours") from None  # fmt: skip
+                         "set SHIFTERWRAP_CACHE_DIR to a node-local directory of yours") from None
 
 
 def _work(flight: Flight, order: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def _work(flight: Flight, order: dict[str, Any]) -> None:
     text = json.dumps({**order, "flight": flight})
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     code = subprocess.run([sys.executable, "-I", program, "pull-worker", text], stdin=subprocess.DEVNULL, stdout=2,
-                          pass_fds=[flight.fd], check=False).returncode  # fmt: skip
+                          pass_fds=[flight.fd], check=False).returncode
     if code > 0:
         record = singleflight.read(flight.path)
         if record.get("state") == "failed":

@@ -45,7 +45,7 @@ NETWORK_FILE_SYSTEMS = {
     0x47504653: "gpfs", 0x19830326: "beegfs", 0x00C36400: "ceph", 0x5346414F: "afs", 0x6B414653: "kafs",
     0x73757245: "coda", 0x01021997: "9p", 0x65735546: "fuse", 0x20030528: "orangefs", 0xAAD7AAEA: "panfs",
     0x01161970: "gfs2", 0x7461636F: "ocfs2", 0x6A656A63: "virtiofs-dax", 0x564C: "ncp",
-}  # fmt: skip
+}
 
 
 def _check(result: int, path: str | bytes | None = None) -> int:
@@ -62,7 +62,7 @@ def _syscall(numbers: dict[str, int], *args: object) -> int:
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode() or None, ctypes.c_ulong(flags),
-                       data.encode() or None), target)  # fmt: skip
+                       data.encode() or None), target)
 
 
 def umount(target: str, flags: int = 0) -> None:
@@ -93,7 +93,7 @@ def no_new_privs() -> None:
 def rename_noreplace(source: str, target: str) -> None:
     """renameat2(RENAME_NOREPLACE); raises FileExistsError and leaves both alone when ``target`` exists."""
     _check(_syscall(_SYS_RENAMEAT2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE),
-           target)  # fmt: skip
+           target)
 
 
 def syncfs(fd: int) -> None:

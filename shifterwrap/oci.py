@@ -15,19 +15,20 @@ from .errors import BadReference, RegistryError
 MAX_MANIFEST_BYTES = 4 << 20  # distribution-spec: registries should enforce no less, clients no more
 MAX_CONFIG_BYTES = 8 << 20
 MAX_REFERENCE_CHARS = 1024
+_AT_FAULT = "the image, or what serves it in the registry's place, is broken; nothing was cached"
 
 INDEX_TYPES = frozenset({
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
-})  # fmt: skip
+})
 MANIFEST_TYPES = frozenset({
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
-})  # fmt: skip
+})
 CONFIG_TYPES = frozenset({
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
-})  # fmt: skip
+})
 
 _LOWER = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 _WORD = _LOWER | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ_")
@@ -111,8 +112,8 @@ def parse_reference(text: str, default_registry: str = "docker.io") -> Reference
     scheme, rest = _split_scheme(text)
     if scheme != "docker":
         raise BadReference(f"no source for {scheme}:// in {text}", "this version pulls docker:// references")
-    rest, _, digest = rest.partition("@")
-    if digest:
+    rest, at, digest = rest.partition("@")
+    if at:
         check_digest(digest)
     registry, remainder = _split_registry(rest, default_registry)
     repository, colon, tag = remainder.partition(":")
@@ -122,7 +123,7 @@ def parse_reference(text: str, default_registry: str = "docker.io") -> Reference
         repository = f"library/{repository}"
     if not _is_repository(repository):
         raise BadReference(f"bad repository name {repository!r} in {text}",
-                              "a repository is lower-case words joined by . _ - and /")  # fmt: skip
+                              "a repository is lower-case words joined by . _ - and /")
     return Reference("docker", registry, repository, tag or ("" if digest else "latest"), digest)
 
 
@@ -141,22 +142,25 @@ def _split_registry(rest: str, default: str) -> tuple[str, str]:
     first, slash, remainder = rest.partition("/")
     if not slash or not (first == "localhost" or "." in first or ":" in first):
         return default, rest
-    host, _, port = first.rpartition(":") if ":" in first and not first.endswith("]") else (first, "", "")
-    if not _is_host(host) or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
+    first = first.lower()
+    host, colon, port = first.rpartition(":") if ":" in first and not first.endswith("]") else (first, "", "")
+    if not _is_host(host) or (colon and not _is_port(port)):
         raise BadReference(f"bad registry {first!r} in {rest}", "a registry is HOST or HOST:PORT")
-    if host in ("index.docker.io", "registry-1.docker.io"):
-        first = "docker.io"
-    return first.lower(), remainder
+    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else first, remainder
 
 
 def _is_host(host: str) -> bool:
     if host.startswith("[") and host.endswith("]"):
-        return bool(host[1:-1]) and set(host[1:-1].lower()) <= _HEX | {":", "."}
-    labels = host.lower().split(".")
+        return bool(host[1:-1]) and set(host[1:-1]) <= _HEX | {":", "."}
+    labels = host.split(".")
     return len(host) <= 253 and all(
         label and set(label) <= _LOWER | {"-"} and not label.startswith("-") and not label.endswith("-")
         for label in labels
     )
+
+
+def _is_port(port: str) -> bool:
+    return port.isascii() and port.isdigit() and 0 < len(port) <= 5 and 0 < int(port) < 65536
 
 
 def _is_tag(tag: str) -> bool:
@@ -171,8 +175,8 @@ def _is_component(part: str) -> bool:
     """``[a-z0-9]+((\\.|_|__|-+)[a-z0-9]+)*`` without the 0.5 ms that compiling it costs each launch."""
     if not part or part[0] not in _LOWER or part[-1] not in _LOWER:
         return False
-    runs = "".join(" " if c in _LOWER else c for c in part).split()
-    return all(run in (".", "_", "__") or set(run) == {"-"} for run in runs)
+    separators = "".join("/" if c in _LOWER else c for c in part).split("/")
+    return all(run in ("", ".", "_", "__") or set(run) == {"-"} for run in separators)
 
 
 def check_digest(digest: str) -> str:
@@ -211,12 +215,12 @@ def parse_descriptor(value: Any, where: str) -> Descriptor:
     """One descriptor of a manifest; RegistryError names ``where`` when it is malformed."""
     size = value.get("size") if isinstance(value, dict) else None
     if not isinstance(size, int) or isinstance(size, bool) or size < 0 or not isinstance(value.get("digest"), str):
-        raise RegistryError(f"{where}: descriptor without a digest and a size")
+        raise RegistryError(f"{where}: descriptor without a digest and a size", _AT_FAULT)
     try:
         digest = check_digest(value["digest"])
     except BadReference as exc:
-        raise RegistryError(f"{where}: {exc.message}") from None
-    return Descriptor(str(value.get("mediaType", "")), digest, size)
+        raise RegistryError(f"{where}: {exc.message}", _AT_FAULT) from None
+    return Descriptor(str(value.get("mediaType") or ""), digest, size)
 
 
 def parse_json(body: bytes, what: str) -> dict[str, Any]:
@@ -224,9 +228,9 @@ def parse_json(body: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise RegistryError(f"{what} is not JSON") from None
+        raise RegistryError(f"{what} is not JSON", _AT_FAULT) from None
     if not isinstance(value, dict):
-        raise RegistryError(f"{what} is not a JSON object")
+        raise RegistryError(f"{what} is not a JSON object", _AT_FAULT)
     return value
 
 
@@ -239,7 +243,7 @@ def choose_manifest(index: dict[str, Any], platform: Platform, where: str) -> De
     for item in _items(index, "manifests", where):
         raw = item.get("platform") if isinstance(item, dict) else None
         raw = raw if isinstance(raw, dict) else {}
-        names = [str(raw.get(key, "")) for key in ("os", "architecture", "variant")]
+        names = [str(raw.get(key) or "") for key in ("os", "architecture", "variant")]
         if names[0] != "unknown":
             found.append((normalise(Platform(*names)), parse_descriptor(item, where)))
     for exact in (True, False):
@@ -256,10 +260,11 @@ def choose_manifest(index: dict[str, Any], platform: Platform, where: str) -> De
 def parse_manifest(document: dict[str, Any], digest: str, where: str) -> Manifest:
     """The manifest in ``document``; RegistryError when it is not an image with at least one layer."""
     if "manifests" in document:
-        raise RegistryError(f"{where} is a manifest and an index at once")  # CVE-2021-41190
+        raise RegistryError(f"{where} is a manifest and an index at once", _AT_FAULT)  # CVE-2021-41190
     config = parse_descriptor(document.get("config"), f"{where}: config")
     if config.media_type and config.media_type not in CONFIG_TYPES:
-        raise RegistryError(f"{where} is not a container image but {config.media_type}")
+        kind = document.get("artifactType") or config.media_type
+        raise RegistryError(f"{where} is not a container image but {kind}", "only container images can be run")
     layers = tuple(parse_descriptor(item, f"{where}: layer") for item in _items(document, "layers", where))
     if not layers:
         raise RegistryError(f"{where} has no layers", "an image without layers has nothing to run")
@@ -269,7 +274,7 @@ def parse_manifest(document: dict[str, Any], digest: str, where: str) -> Manifes
 def _items(document: dict[str, Any], key: str, where: str) -> list[Any]:
     value = document.get(key)
     if not isinstance(value, list):
-        raise RegistryError(f"{where} has no list of {key}")
+        raise RegistryError(f"{where} has no list of {key}", _AT_FAULT)
     return value
 
 
@@ -278,17 +283,22 @@ def parse_config(document: dict[str, Any], layers: int, where: str) -> ImageConf
     run = document.get("config") or {}
     rootfs = document.get("rootfs") or {}
     if not isinstance(run, dict) or not isinstance(rootfs, dict):
-        raise RegistryError(f"{where}: config is malformed")
+        raise RegistryError(f"{where}: config is malformed", _AT_FAULT)
     diff_ids = _strings(rootfs.get("diff_ids"), f"{where}: diff_ids")
     if len(diff_ids) != layers:
-        raise RegistryError(f"{where}: {layers} layers but {len(diff_ids)} diff_ids")
+        raise RegistryError(f"{where}: {layers} layers but {len(diff_ids)} diff_ids", _AT_FAULT)
+    for diff_id in diff_ids:
+        try:
+            check_digest(diff_id)
+        except BadReference as exc:
+            raise RegistryError(f"{where}: diff_ids: {exc.message}", _AT_FAULT) from None
     labels = run.get("Labels") or {}
     return ImageConfig(
         env=tuple(item for item in _strings(run.get("Env"), f"{where}: Env") if "=" in item.lstrip("=")),
         entrypoint=_strings(run.get("Entrypoint"), f"{where}: Entrypoint"),
         cmd=_strings(run.get("Cmd"), f"{where}: Cmd"),
-        working_dir=str(run.get("WorkingDir") or ""),
-        user=str(run.get("User") or ""),
+        working_dir=_string(run.get("WorkingDir"), f"{where}: WorkingDir"),
+        user=_string(run.get("User"), f"{where}: User"),
         labels={str(k): str(v) for k, v in labels.items()} if isinstance(labels, dict) else {},
         architecture=str(document.get("architecture") or ""),
         os=str(document.get("os") or "linux"),
@@ -296,9 +306,26 @@ def parse_config(document: dict[str, Any], layers: int, where: str) -> ImageConf
     )
 
 
+def _string(value: Optional[Any], where: str) -> str:
+    if value is not None and not _is_text(value):
+        raise RegistryError(f"{where} is not a string", _AT_FAULT)
+    return value or ""
+
+
 def _strings(value: Optional[Any], where: str) -> tuple[str, ...]:
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
-        raise RegistryError(f"{where} is not a list of strings")
+    if not isinstance(value, list) or not all(_is_text(item) for item in value):
+        raise RegistryError(f"{where} is not a list of strings", _AT_FAULT)
     return tuple(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether execve can take it: a string without NUL and without the half surrogate pairs that JSON can spell."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

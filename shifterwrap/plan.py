@@ -17,13 +17,13 @@ from .request import Bind, LaunchRequest, parse_bind
 
 # Names of the host that mean host paths; inside they would point nowhere, or worse, somewhere.
 HOST_ONLY = frozenset({"PATH", "OLDPWD", "_", "PWD", "SHLVL", "BASH_ENV", "ENV", "PYTHONHOME", "PYTHONPATH", "PERL5LIB",
-                       "VIRTUAL_ENV", "CONDA_PREFIX", "SHIFTERWRAP_CACHE_DIR", "SHIFTERWRAP_CONFIG"})  # fmt: skip
+                       "VIRTUAL_ENV", "CONDA_PREFIX", "SHIFTERWRAP_CACHE_DIR", "SHIFTERWRAP_CONFIG"})
 HOST_ONLY_PREFIXES = ("LD_", "BASH_FUNC_", "CONDA_", "_CE_", "_CONDA")
 # Set per task by the scheduler and the MPI launcher; an image that carries them was saved inside a job.
 WIRE_UP_PREFIXES = ("SLURM_", "PMI", "PALS_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
 # Directories of the operating system that are the image's own, never the host's, whatever the current directory is.
 IMAGE_ONLY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin", "/sys",
-              "/usr")  # fmt: skip
+              "/usr")
 IMAGE_ONLY_EXACT = ("/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/var", "/tmp", "/var/tmp")
 
 
@@ -39,7 +39,8 @@ class User(NamedTuple):
 
 
 class Image(NamedTuple):
-    """The image as the launch needs it: what to mount, and what its config says."""
+    """The image as the launch needs it: what to mount, what its config says, and which of the usual mount points
+    (cache.MOUNT_POINTS) it has."""
 
     path: str
     kind: str
@@ -47,17 +48,20 @@ class Image(NamedTuple):
     entrypoint: tuple[str, ...]
     cmd: tuple[str, ...]
     working_dir: str
+    points: frozenset[str] = frozenset()
 
 
 class Plan(NamedTuple):
     """One launch, in no runtime's words. ``base`` are the host paths that every container gets and that external
-    runtimes bind by themselves; ``binds`` are the site's and the user's. ``workdirs`` are tried in order."""
+    runtimes bind by themselves; ``binds`` are the site's and the user's. ``env`` is complete; ``overrides`` are the
+    variables in it that the site or the user asked for. ``workdirs`` are tried in order."""
 
     image: Image
     base: tuple[Bind, ...]
     binds: tuple[Bind, ...]
     env: dict[str, str]
-    image_env: dict[str, str]
+    overrides: frozenset[str]
+    cwd: str
     workdirs: tuple[str, ...]
     strict_workdir: bool
     argv: tuple[str, ...]
@@ -66,15 +70,16 @@ class Plan(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A program to execute: what an external runtime is asked to do."""
+    """A program to execute: what an external runtime is asked to do, and what it cannot do (``notes``)."""
 
     program: str
     argv: tuple[str, ...]
     env: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def make(request: LaunchRequest, image: Image, config: Config, user: User, environ: Mapping[str, str],
-         cwd: str) -> Plan:  # fmt: skip
+         cwd: str) -> Plan:
     """The plan; UsageError when there is nothing to run or a site's bind is malformed."""
     binds = tuple(parse_bind(text) for text in config.binds) + request.binds
     image_env = dict(item.partition("=")[::2] for item in image.env)
@@ -91,7 +96,8 @@ def make(request: LaunchRequest, image: Image, config: Config, user: User, envir
         base=base_binds(user, cwd_bind, config.mount_home),
         binds=binds,
         env=environment(environ, image_env, overrides, user),
-        image_env={**_safe_image_env(image_env), **overrides},
+        overrides=frozenset(overrides),
+        cwd=cwd,
         workdirs=workdirs,
         strict_workdir=bool(request.workdir),
         argv=command_line(request, image),
@@ -101,7 +107,7 @@ def make(request: LaunchRequest, image: Image, config: Config, user: User, envir
 
 
 def environment(host: Mapping[str, str], image: Mapping[str, str], overrides: Mapping[str, str],
-                user: User) -> dict[str, str]:  # fmt: skip
+                user: User) -> dict[str, str]:
     """The complete environment of the command, by the precedence of this module's docstring."""
     env = {name: value for name, value in host.items() if not is_host_only(name)}
     env["PATH"] = DEFAULT_PATH
@@ -125,7 +131,7 @@ def base_binds(user: User, cwd: str, mount_home: bool) -> tuple[Bind, ...]:
     binds = [Bind("/dev", "/dev"), Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     binds += [Bind(path, path, optional=True) for path in ("/tmp", "/var/tmp")]
     binds += [Bind(path, path, readonly=True, optional=True)
-              for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/localtime")]  # fmt: skip
+              for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/localtime")]
     if mount_home and user.home not in ("", "/"):
         binds.append(Bind(user.home, user.home, optional=True))
     if cwd:
@@ -171,12 +177,12 @@ def group_line(user: User) -> str:
     return f"{user.group}:x:{user.gid}:\n"
 
 
-def describe(plan: Plan) -> list[str]:
-    """The plan, one operation a line."""
+def describe(plan: Plan, host_env: Mapping[str, str]) -> list[str]:
+    """The plan, one operation a line; of the environment, what differs from the host's."""
     lines = [f"image {plan.image.kind} {plan.image.path}" + (" writable-tmpfs" if plan.writable_tmpfs else "")]
     for bind in plan.base + plan.binds:
         words = ["bind", bind.source, bind.target, "ro" if bind.readonly else "rw"]
         lines.append(" ".join(words + (["if-present"] if bind.optional else [])))
-    lines += [f"env {name}={value!r}" for name, value in sorted(plan.image_env.items())]
+    lines += [f"env {name}={value!r}" for name, value in sorted(plan.env.items()) if host_env.get(name) != value]
     lines.append(f"workdir {os.pathsep.join(plan.workdirs)}")
     return lines

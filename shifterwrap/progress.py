@@ -66,9 +66,10 @@ class Progress:
         name = f"{event.stage} {event.subject}".strip()
         now = time.monotonic()
         began = self._lines[name][1] if name in self._lines else now
-        if event.stage in ("convert", "verify", "commit") and not event.subject:
-            self._lines = {key: value for key, value in self._lines.items() if key == name}
-        self._lines[name] = (event, began)
+        if event.seconds and not event.subject:  # the stage is over, and its lines with it
+            self._lines = {key: line for key, line in self._lines.items() if line[0].stage != event.stage}
+        else:
+            self._lines[name] = (event, began)
         if now - self._drawn >= _REFRESH_SECONDS or event.seconds:
             self._drawn = now
             self._draw(now)

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import filelock
@@ -28,11 +29,11 @@ import filelock
 from . import __version__, cache, fetch, singleflight, store
 from .cache import Key, Ref
 from .config import Config, from_values
-from .convert import flatten, layer, readback, squashfs
-from .convert.decode import decode
+from .convert import flatten, layer, readback, squashfs, tree_writer
 from .convert.content import OpenLayer
-from .convert.tree import Tree
-from .errors import Bug, ConvertError, ConverterMissing, Error, WaitTimeout
+from .convert.decode import decode
+from .convert.tree import SYMLINK, Node, Tree
+from .errors import Bug, ConverterMissing, ConvertError, Error, WaitTimeout
 from .events import Emit, Event
 from .oci import Descriptor, Platform, Reference
 from .progress import Progress
@@ -76,7 +77,7 @@ class _Layers:
         first = {blob.digest: index for index, blob in reversed(list(enumerate(blobs)))}
         with ThreadPoolExecutor(PARALLEL_LAYERS, thread_name_prefix="layer") as pool:
             jobs = {index: pool.submit(self._one, index, blobs[index], resolved.config.diff_ids[index], budget)
-                    for index in sorted(first.values())}  # fmt: skip
+                    for index in sorted(first.values())}
             errors = [job.exception() for job in jobs.values()]
         for error in errors:
             if error is not None and not isinstance(error, _Stopped):
@@ -91,7 +92,7 @@ class _Layers:
 
     def _one(self, index: int, blob: Descriptor, diff_id: str, budget: layer.Budget) -> layer.Layer:
         chunks = self._stored(fetch.download(self._source.open_range, blob, settings=self._settings, emit=self._emit,
-                                             subject=blob.digest[:19]), self.path(blob))  # fmt: skip
+                                             subject=blob.digest[:19]), self.path(blob))
         try:
             scanned = layer.scan(index, chunks, diff_id, budget)
             _drain(chunks)
@@ -138,16 +139,14 @@ def run(job: Job, config: Config, emit: Emit) -> Key:
     store.create(job.root, os.getuid())
     store.reap(job.root)
     settings = fetch.Settings(config.connect_seconds, config.read_seconds, config.retries,
-                              deadline=time.monotonic() + max(job.deadline - time.time(), 0.0))  # fmt: skip
+                              deadline=time.monotonic() + max(job.deadline - time.time(), 0.0))
     source = DockerSource(job.reference, insecure=config.insecure_registries, settings=settings)
     try:
         known = _unchanged(job, config, source)
         if known is not None:
             return known
-        began = time.monotonic()
-        emit(Event("resolve"))
-        resolved = source.resolve(job.platform)
-        emit(Event("resolve", seconds=time.monotonic() - began))
+        with _stage("resolve", emit):
+            resolved = source.resolve(job.platform)
         key = _converted_once(job, config, source, settings, resolved, emit)
     except OSError as exc:
         raise store.explain(exc, job.root) from exc
@@ -178,7 +177,7 @@ def _remember(job: Job, digest: str, source_digest: str) -> None:
 
 
 def _converted_once(job: Job, config: Config, source: DockerSource, settings: fetch.Settings, resolved: Resolved,
-                    emit: Emit) -> Key:  # fmt: skip
+                    emit: Emit) -> Key:
     """The key of the entry, made unless it is there; two references to one digest convert it once."""
     kind, writer = _choose_kind(job, config, emit)
     key = Key(resolved.manifest.digest, job.platform, config.owner_policy, kind)
@@ -210,22 +209,20 @@ def _compressor(config: Config) -> str:
 
 
 def _make(job: Job, config: Config, source: DockerSource, settings: fetch.Settings, resolved: Resolved, key: Key,
-          writer: Optional[squashfs.Writer], emit: Emit) -> cache.Lease:  # fmt: skip
+          writer: Optional[squashfs.Writer], emit: Emit) -> cache.Lease:
     """Fetch, convert, verify and commit in a stage directory of our own."""
     packed = sum(blob.size for blob in {blob.digest: blob for blob in resolved.manifest.layers}.values())
-    began = time.monotonic()
     with store.stage(job.root) as staged:
         estimate = packed * 2 if key.kind == cache.SQUASHFS else packed * 4  # blobs beside a squashfs, or a tree
         store.reserve(job.root, staged, estimate, config.cache_max_bytes, config.cache_min_free_bytes,
-                      lambda name: emit(Event("warn", f"evicted {name}")))  # fmt: skip
+                      lambda name: emit(Event("warn", f"evicted {name}")))
         blobs = os.path.join(staged.path, "blobs")
         os.mkdir(blobs, 0o700)
         layers = _Layers(source, blobs, settings, emit)
         limits = layer.Limits(max_unpacked_bytes=config.max_image_bytes, max_ratio=config.max_ratio,
-                              max_entries=config.max_entries)  # fmt: skip
-        scanned = layers.read(resolved, limits)
-        emit(Event("fetch", done=packed, total=packed, seconds=time.monotonic() - began))
-        tree = flatten.flatten(scanned, config.owner_policy)
+                              max_entries=config.max_entries)
+        with _stage("fetch", emit):
+            tree = flatten.flatten(layers.read(resolved, limits), config.owner_policy)
         for warning in tree.warnings:
             emit(Event("warn", warning))
 
@@ -240,9 +237,17 @@ def _make(job: Job, config: Config, source: DockerSource, settings: fetch.Settin
         record.update(_provenance(job, resolved, tree))
         store.write_file(os.path.join(staged.path, "manifest.json"), resolved.manifest_bytes)
         store.write_file(os.path.join(staged.path, "config.json"), resolved.config_bytes)
-        lease = store.commit(job.root, staged, key, record, _image_document(job, resolved))
-    emit(Event("commit", seconds=time.monotonic() - began))
-    return lease
+        with _stage("commit", emit):
+            return store.commit(job.root, staged, key, record, _image_document(job, resolved, tree))
+
+
+@contextmanager
+def _stage(name: str, emit: Emit) -> Iterator[None]:
+    """Tells that a stage begins, and at its good end how long it took."""
+    began = time.monotonic()
+    emit(Event(name))
+    yield
+    emit(Event(name, seconds=time.monotonic() - began))
 
 
 def _chunks(path: str) -> Iterator[bytes]:
@@ -252,22 +257,22 @@ def _chunks(path: str) -> Iterator[bytes]:
 
 
 def _write_squashfs(tree: Tree, open_layer: OpenLayer, path: str, writer: squashfs.Writer, config: Config,
-                    emit: Emit) -> dict[str, Any]:  # fmt: skip
+                    emit: Emit) -> dict[str, Any]:
     options = squashfs.Options(_compressor(config), config.compression_level, config.block_bytes,
-                               config.threads or len(os.sched_getaffinity(0)))  # fmt: skip
-    squashfs.write(tree, open_layer, path, options, emit, writer=writer)
-    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+                               config.threads or len(os.sched_getaffinity(0)))
+    with _stage("convert", emit):
+        squashfs.write(tree, open_layer, path, options, emit, writer=writer)
+    with _stage("verify", emit), ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
         digest = pool.submit(file_sha256, path)
         readback.check(path, tree, options.threads, emit)
     version = ".".join(map(str, writer.version))
     return {"bytes": os.stat(path).st_size, "sha256": digest.result(), "compressor": options.compressor,
-            "converter": f"{writer.program} {version}"}  # fmt: skip
+            "converter": f"{writer.program} {version}"}
 
 
 def _write_tree(tree: Tree, open_layer: OpenLayer, path: str, emit: Emit) -> dict[str, Any]:
-    from .convert import tree_writer
-
-    digest = tree_writer.write(tree, open_layer, path, emit)
+    with _stage("convert", emit):
+        digest = tree_writer.write(tree, open_layer, path, emit)
     return {"bytes": _disk_bytes(path), "sha256": digest, "compressor": "", "converter": "tree"}
 
 
@@ -289,16 +294,25 @@ def file_sha256(path: str) -> str:
 def _provenance(job: Job, resolved: Resolved, tree: Tree) -> dict[str, Any]:
     return {"reference": str(job.reference), "digest": resolved.manifest.digest, "platform": str(job.platform),
             "files": tree.names, "unpacked_bytes": tree.live_bytes, "created": time.time(),
-            "shifterwrap": __version__}  # fmt: skip
+            "shifterwrap": __version__}
 
 
-def _image_document(job: Job, resolved: Resolved) -> dict[str, Any]:
+def _image_document(job: Job, resolved: Resolved, tree: Tree) -> dict[str, Any]:
     """What the launcher reads: small, whatever the history in the config is."""
     config = resolved.config
     return {"reference": str(job.reference), "digest": resolved.manifest.digest,
             "source_digest": resolved.source_digest, "env": list(config.env), "entrypoint": list(config.entrypoint),
             "cmd": list(config.cmd), "working_dir": config.working_dir, "user": config.user, "labels": config.labels,
-            "architecture": config.architecture}  # fmt: skip
+            "architecture": config.architecture,
+            "points": [path for path in cache.MOUNT_POINTS if _has(tree, path)]}
+
+
+def _has(tree: Tree, path: str) -> bool:
+    """Whether the image has ``path`` itself, not by way of a link."""
+    node: Optional[Node] = tree.root
+    for part in path.encode().split(b"/")[1:]:
+        node = node.children.get(part) if node is not None else None
+    return node is not None and node.kind != SYMLINK
 
 
 class Teller:

@@ -24,7 +24,10 @@ class Bind(NamedTuple):
 
 
 class LaunchRequest(NamedTuple):
-    """One launch as asked for. ``entrypoint`` is None when the rule decides: not with a CMD, yes without."""
+    """One launch as asked for. ``entrypoint`` is None when the rule decides: not with a CMD, yes without.
+
+    ``words`` are the options as they were typed.
+    """
 
     image: str
     command: tuple[str, ...] = ()
@@ -39,6 +42,7 @@ class LaunchRequest(NamedTuple):
     dry_run: bool = False
     json: bool = False
     verbose: bool = False
+    words: tuple[str, ...] = ()
 
 
 class Option(NamedTuple):
@@ -101,6 +105,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchRequest:
         dry_run="--dry-run" in values,
         json="--json" in values,
         verbose="--verbose" in values,
+        words=tuple(argv[: len(argv) - len(rest)]),
     )
 
 
@@ -182,13 +187,13 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> str:
 def help_text() -> str:
     """What ``--help`` prints; fits a screen."""
     rows = [(", ".join(option.names) + (f" {option.argument}" if option.argument else ""), option.help)
-            for option in OPTIONS]  # fmt: skip
+            for option in OPTIONS]
     width = max(len(left) for left, _ in rows)
     lines = [f"usage: {_USAGE}", "", "Run CMD, or the image's own command, in a container. The image is pulled and",
-             "converted once for the whole node, then starts from the cache.", ""]  # fmt: skip
+             "converted once for the whole node, then starts from the cache.", ""]
     lines += [f"  {left:<{width}}  {text}" for left, text in rows]
     lines += ["", "IMAGE: docker://REGISTRY/REPOSITORY:TAG, or NAME:TAG for the site's default registry.",
               "Exit: the command's own code; 125 failed before it started, 126 it cannot be executed,",
               "127 it is not in the image.",
-              "Environment: SHIFTERWRAP_CACHE_DIR, SHIFTERWRAP_CONFIG, SHIFTERWRAP_RUNTIME, SHIFTERWRAP_DEBUG."]  # fmt: skip
+              "Environment: SHIFTERWRAP_CACHE_DIR, SHIFTERWRAP_CONFIG, SHIFTERWRAP_RUNTIME, SHIFTERWRAP_DEBUG."]
     return "\n".join(lines)

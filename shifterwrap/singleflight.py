@@ -30,7 +30,7 @@ _POLL_SECONDS = (0.01, 0.2)  # grows with the time waited
 FAILURE_EXPIRY_SECONDS = {
     "Unreachable": 5.0, "NotFound": 5.0, "AuthDenied": 5.0, "RateLimited": 30.0, "DigestMismatch": 5.0,
     "ConvertError": 30.0, "LimitExceeded": 30.0, "RegistryError": 5.0,
-}  # fmt: skip
+}
 
 Found = TypeVar("Found")
 
@@ -57,7 +57,7 @@ def lock_path(root: str, name: str) -> str:
 
 
 def join(path: str, waiter: Waiter, find: Callable[[], Optional[Found]],
-         produce: Callable[[Flight], None], *, believe: bool = True) -> Found:  # fmt: skip
+         produce: Callable[[Flight], None], *, believe: bool = True) -> Found:
     """What ``find`` finds, once somebody produced it: we, when nobody else does.
 
     ``find`` is cheap and is asked first. ``produce`` runs with the lock held; it lets ``find`` succeed, or raises, or
@@ -91,7 +91,7 @@ def _after_deaths(flight: Flight, record: dict[str, Any], since: float) -> Fligh
     if deaths < MAX_DEAD_PRODUCERS:
         return flight._replace(deaths=deaths)
     error = Interrupted(f"{deaths} processes died while pulling the image, the last was {record.get('pid')}",
-                        "look for a memory limit that is too small, or a kill in the system log")  # fmt: skip
+                        "look for a memory limit that is too small, or a kill in the system log")
     tell_failure(flight, error)
     raise error
 
@@ -141,7 +141,7 @@ def _wait(path: str, waiter: Waiter) -> None:
     try:
         while linux.ofd_locked(watch):
             if time.time() > waiter.deadline:
-                raise WaitTimeout(f"waited until the deadline for process {record.get('pid', '?')} that pulls the image")
+                raise WaitTimeout(f"the deadline passed while process {record.get('pid', '?')} was pulling the image")
             record = read(path) or record
             waiter.progress(record)
             time.sleep(min(max((time.monotonic() - began) / 20, _POLL_SECONDS[0]), _POLL_SECONDS[1]))

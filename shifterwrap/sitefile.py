@@ -112,7 +112,8 @@ def _block(value: Any) -> int:
 
 
 SETTINGS = (
-    Setting("runtime", _choice("auto", "embedded", "apptainer", "charliecloud"), "auto, embedded, apptainer, charliecloud",
+    Setting("runtime", _choice("auto", "embedded", "apptainer", "charliecloud"),
+            "auto, embedded, apptainer, charliecloud",
             "Runtime for users who do not choose one; auto prefers apptainer, then the embedded runtime."),
     Setting("default_registry", _text, "HOST[:PORT]", "Registry of references that name none."),
     Setting("insecure_registries", _texts, "list of HOST[:PORT]",
@@ -140,7 +141,7 @@ SETTINGS = (
     Setting("binds", _texts, "list of SRC[:DST[:ro]]", "Binds of every container of this site."),
     Setting("env", _pairs, "list of NAME=VALUE", "Environment of every container of this site, under the user's own."),
     Setting("tool_path", _text, "colon-separated directories", "Where runtimes and squashfs tools are looked for."),
-)  # fmt: skip
+)
 
 
 def load(path: str, warn: Callable[[str], None]) -> list[Explained]:
@@ -218,7 +219,7 @@ def answer(path: str) -> int:
 def sample() -> str:
     """``etc/shifterwrap.yaml``: every setting, commented out, with its default."""
     lines = ["# shifterwrap: settings of this site. Every setting is here with its default; man 5 shifterwrap.yaml.",
-             "# Files in conf.d/*.yaml are read after this one. Check with: shifterwrap config --check", ""]  # fmt: skip
+             "# Files in conf.d/*.yaml are read after this one. Check with: shifterwrap config --check", ""]
     for row in SETTINGS:
         lines += [f"# {row.help}", f"# ({row.form})", f"#{row.key}: {show(row.default)}", ""]
     return "\n".join(lines)

@@ -352,7 +352,7 @@ def _outstanding(path: str) -> int:
 
 
 def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_bytes: int,
-            on_evict: Callable[[str], None]) -> None:  # fmt: skip
+            on_evict: Callable[[str], None]) -> None:
     """Make room for ``need_bytes``, evicting the least recently used, and promise them to this stage directory.
 
     CacheFull when what may be evicted is not enough: nothing is evicted then.
@@ -360,8 +360,8 @@ def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_by
     lacking = shortage(root, need_bytes, max_bytes, min_free_bytes)
     doomed = evict.victims(candidates(root), lacking, time.time())
     if sum(victim.bytes for victim in doomed) < lacking:
-        raise CacheFull(f"cache {root}: {need_bytes >> 20} MiB are needed, {max(_free(root), 0) >> 20} MiB are free and "
-                        "what is in use, pinned or new may not be evicted")  # fmt: skip
+        raise CacheFull(f"cache {root}: {need_bytes >> 20} MiB are needed, {_free(root) >> 20} MiB are free and what "
+                        "is in use, pinned or new may not be evicted")
     for victim in doomed:
         try:
             remove(root, victim.name)

@@ -5,27 +5,29 @@ What lower layers had and upper ones replaced is passed over; a layer in which n
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 
-from ..errors import ConvertError
+from ..errors import ConvertError, LimitExceeded
+from .accelerators import crc32
 from .tree import FILE, Node
-
-try:
-    from isal.isal_zlib import crc32
-except ImportError:
-    crc32 = zlib.crc32
-
-__all__ = ["OpenLayer", "crc32", "in_layer_order", "stream"]
 
 OpenLayer = Callable[[int], Iterator[bytes]]  # the uncompressed bytes of the layer of this index, from its start
 
-_ZEROS = memoryview(bytes(1 << 20))
+MAX_HOLE_BYTES = 16 << 30  # in one image: squashfs writers take a hole as zeros, at some 5 GB/s
+_HOLE = bytes(1 << 20)
+_ZEROS = memoryview(_HOLE)
 
 
 def in_layer_order(nodes: list[tuple[bytes, Node]]) -> list[tuple[bytes, Node]]:
-    """The files among ``nodes`` in the order in which the layers hold their content."""
+    """The files among ``nodes`` in the order in which the layers hold their content.
+
+    LimitExceeded when they have more than MAX_HOLE_BYTES of holes, which cost time wherever the content goes.
+    """
     files = [item for item in nodes if item[1].kind == FILE]
+    holes = sum(node.size - node.stored_bytes() for _, node in files)
+    if holes > MAX_HOLE_BYTES:
+        raise LimitExceeded(f"the image has sparse files with {holes} bytes of holes, more than {MAX_HOLE_BYTES}",
+                            "nothing was cached; this limit is fixed")  # fmt: skip
     return sorted(files, key=lambda item: (item[1].layer, item[1].offset, item[0]))
 
 
@@ -50,6 +52,11 @@ def stream(
     finally:
         if reader is not None:
             reader.close()
+
+
+def is_hole(piece: memoryview) -> bool:
+    """Whether ``piece``, of what stream() gives, stands for a hole of a sparse file."""
+    return piece.obj is _HOLE
 
 
 class _Forward:

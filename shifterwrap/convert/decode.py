@@ -8,18 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Optional
 
 from ..errors import ConvertError
-
-try:
-    from isal import igzip_lib
-except ImportError:
-    igzip_lib = None
-try:
-    import zstandard
-except ImportError:
-    zstandard = None
+from . import accelerators
 
 PIECE_BYTES = 1 << 20
 MAX_WINDOW_LOG = 27  # what zstd's own command line accepts without --long=31: 128 MiB of window
@@ -93,12 +84,13 @@ class _Source:
 
 def _gunzip(source: _Source) -> Iterator[bytes]:
     """Every gzip member in turn (RFC 1952 2.2); zeros may follow the last one, as tapes and block devices pad."""
-    inflate = _inflate_isal if igzip_lib is not None else _inflate_zlib
-    faults = (zlib.error,) if igzip_lib is None else (zlib.error, igzip_lib.IsalError)
+    isal = accelerators.igzip_lib
+    inflate = _inflate_zlib if isal is None else _inflate_isal
+    fault: type[Exception] = zlib.error if isal is None else isal.IsalError
     while True:
         try:
             yield from inflate(source)
-        except faults as exc:
+        except fault as exc:
             raise ConvertError(f"a layer's gzip data is damaged: {exc}") from None
         following = source.some()
         while following and not following.strip(b"\0"):
@@ -111,7 +103,8 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
 
 
 def _inflate_isal(source: _Source) -> Iterator[bytes]:
-    member = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+    isal = accelerators.igzip_lib
+    member = isal.IgzipDecompressor(flag=isal.DECOMP_GZIP)
     while not member.eof:
         data = b""
         if member.needs_input:
@@ -142,8 +135,8 @@ def _inflate_zlib(source: _Source) -> Iterator[bytes]:
 def _unzstd(source: _Source) -> Iterator[bytes]:
     """Every zstd frame in turn, skippable ones dropped (zstd:chunked keeps its index in them).
 
-    The frame and block headers (RFC 8878 3.1.1) are read here and the decompressor is fed whole blocks, up to eight at a
-    time: so its output is bounded, which it does not offer itself, and a missing end is noticed, which it does not say.
+    The frame and block headers (RFC 8878 3.1.1) are read here and the decompressor is fed whole blocks, up to eight at
+    a time: its output is bounded, which it does not offer itself, and a missing end is noticed, which it does not say.
     """
     new_frame, fault = _zstd_backend()
     while True:
@@ -198,20 +191,12 @@ def _skip(source: _Source, count: int) -> None:
 
 def _zstd_backend() -> tuple[Callable[[], Callable[[bytes], bytes]], type[Exception]]:
     """A factory of "decompress the next blocks of one frame", and what it raises."""
+    zstandard, stdlib = accelerators.zstandard, accelerators.stdlib_zstd
     if zstandard is not None:
         context = zstandard.ZstdDecompressor(max_window_size=1 << MAX_WINDOW_LOG)
         return (lambda: context.decompressobj().decompress), zstandard.ZstdError
-    stdlib = stdlib_zstd()
     if stdlib is None:
         raise ConvertError("a layer is compressed with zstd, and nothing here can read that",
                            "install python3-zstandard, or: pip install shifterwrap[fast]")  # fmt: skip
     options = {stdlib.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
     return (lambda: stdlib.ZstdDecompressor(options=options).decompress), stdlib.ZstdError
-
-
-def stdlib_zstd() -> Optional[Any]:
-    try:
-        import compression.zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
-    except ImportError:
-        return None
-    return compression.zstd

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ConvertError
-from .decode import igzip_lib, stdlib_zstd, zstandard
+from . import accelerators
+from .decode import MAX_WINDOW_LOG
 
 Decompress = Callable[[bytes, int], bytes]
 
@@ -21,9 +22,9 @@ _XZ_MEMORY_BYTES = 64 << 20
 def readable() -> frozenset[str]:
     """The compressors that this Python can undo, and so the ones that an image may be written with here."""
     names = {"gzip", "xz"}
-    if zstandard is not None or stdlib_zstd() is not None:
+    if accelerators.zstandard is not None or accelerators.stdlib_zstd is not None:
         names.add("zstd")
-    if _lz4() is not None:
+    if accelerators.lz4_block is not None:
         names.add("lz4")
     return frozenset(names)
 
@@ -34,64 +35,55 @@ def decompressor(compressor: str) -> Decompress:
         module = {"zstd": "zstandard", "lz4": "lz4"}.get(compressor)
         raise ConvertError(f"nothing here can read squashfs that is compressed with {compressor}",
                            f"install the Python module {module}" if module else "")  # fmt: skip
+    if compressor == "zstd":
+        return _unzstd_stdlib if accelerators.zstandard is None else _unzstd()
     if compressor == "gzip":
-        return _inflate if igzip_lib is None else _inflate_isal
-    return {"xz": _unxz, "lz4": _unlz4}.get(compressor) or _unzstd()
+        return _inflate if accelerators.igzip_lib is None else _inflate_isal
+    return _unxz if compressor == "xz" else _unlz4
 
 
 def _damaged(detail: object) -> ConvertError:
     return ConvertError(f"the image is damaged: {detail}")
 
 
+def _whole(stream: Any, data: bytes, limit: int, fault: type[Exception]) -> bytes:
+    """All of ``data``'s content from a decompressor object as of bz2 and lzma."""
+    try:
+        out = bytes(stream.decompress(data, limit))
+        if not stream.eof and stream.decompress(b"", 1):  # the end may be all that is missing
+            raise _damaged("a block is too long")
+    except (fault, EOFError) as exc:
+        raise _damaged(exc) from None
+    if not stream.eof or stream.unused_data:
+        raise _damaged("a block has the wrong length")
+    return out
+
+
 def _inflate(data: bytes, limit: int) -> bytes:
     stream = zlib.decompressobj()
     try:
         out = stream.decompress(data, limit)
-        if not stream.eof and not stream.decompress(stream.unconsumed_tail, 1) and stream.eof:
-            return out
+        if not stream.eof and stream.decompress(stream.unconsumed_tail, 1):
+            raise _damaged("a block is too long")
     except zlib.error as exc:
         raise _damaged(exc) from None
-    if not stream.eof:
-        raise _damaged("a block is truncated or too long")
+    if not stream.eof or stream.unused_data:
+        raise _damaged("a block has the wrong length")
     return out
 
 
 def _inflate_isal(data: bytes, limit: int) -> bytes:
-    stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_ZLIB)
-    try:
-        out = stream.decompress(data, limit)
-        if not stream.eof and stream.decompress(b"", 1):
-            raise _damaged("a block is too long")
-    except (igzip_lib.IsalError, EOFError) as exc:
-        raise _damaged(exc) from None
-    if not stream.eof:
-        raise _damaged("a block is truncated")
-    return bytes(out)
+    isal = accelerators.igzip_lib
+    return _whole(isal.IgzipDecompressor(flag=isal.DECOMP_ZLIB), data, limit, isal.IsalError)
 
 
 def _unxz(data: bytes, limit: int) -> bytes:
     stream = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
-    try:
-        out = stream.decompress(data, limit)
-        if not stream.eof and stream.decompress(b"", 1):
-            raise _damaged("a block is too long")
-    except (lzma.LZMAError, EOFError) as exc:
-        raise _damaged(exc) from None
-    if not stream.eof:
-        raise _damaged("a block is truncated")
-    return out
-
-
-def _lz4() -> Any:
-    try:
-        import lz4.block  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        return None
-    return lz4.block
+    return _whole(stream, data, limit, lzma.LZMAError)
 
 
 def _unlz4(data: bytes, limit: int) -> bytes:
-    block = _lz4()
+    block = accelerators.lz4_block
     try:
         return bytes(block.decompress(data, uncompressed_size=limit))
     except block.LZ4BlockError as exc:
@@ -99,14 +91,14 @@ def _unlz4(data: bytes, limit: int) -> bytes:
 
 
 def _unzstd() -> Decompress:
-    if zstandard is None:
-        return _unzstd_stdlib
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    zstandard = accelerators.zstandard
+    context = zstandard.ZstdDecompressor(max_window_size=1 << MAX_WINDOW_LOG)
 
     def unzstd(data: bytes, limit: int) -> bytes:
         try:
-            if not 0 <= zstandard.frame_content_size(data) <= limit:  # it would size the buffer
-                raise _damaged("a block does not say its size, or is too long")
+            size = zstandard.frame_content_size(data)  # it would size the buffer
+            if size > limit:
+                raise _damaged("a block is too long")
             return bytes(context.decompress(data, limit))
         except zstandard.ZstdError as exc:
             raise _damaged(exc) from None
@@ -115,15 +107,5 @@ def _unzstd() -> Decompress:
 
 
 def _unzstd_stdlib(data: bytes, limit: int) -> bytes:
-    stdlib = stdlib_zstd()
-    assert stdlib is not None
-    stream = stdlib.ZstdDecompressor()
-    try:
-        out = bytes(stream.decompress(data, limit))
-        if not stream.eof and stream.decompress(b"", 1):
-            raise _damaged("a block is too long")
-    except (stdlib.ZstdError, EOFError) as exc:
-        raise _damaged(exc) from None
-    if not stream.eof:
-        raise _damaged("a block is truncated")
-    return out
+    stdlib = accelerators.stdlib_zstd
+    return _whole(stdlib.ZstdDecompressor(), data, limit, stdlib.ZstdError)

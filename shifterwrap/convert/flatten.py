@@ -56,8 +56,8 @@ class _Merge:
         _Layering(self, layer.index).apply(layer.members)
 
     def directory(self, path: bytes, create: bool) -> Optional[Node]:
-        """The directory that ``path`` leads to; a missing one is made as 0755 root (F16), or None without ``create``."""
-        here, above = self.root, []
+        """The directory that ``path`` leads to. A missing one is made, 0755 root (F16); None without ``create``."""
+        here, above = self.root, list[Node]()
         names = path.split(b"/")[::-1] if path else []
         symlinks = 0
         while names:
@@ -124,7 +124,7 @@ class _Layering:
     def _marker(self, member: Member) -> bool:
         """Whether ``member`` is a whiteout or AUFS' own, of whatever type (F13); then it has been dealt with."""
         parent, _, name = member.path.rpartition(b"/")
-        if member.path.startswith(AUFS) and name != OPAQUE or b"/" + AUFS in b"/" + parent:
+        if (name.startswith(AUFS) and name != OPAQUE) or b"/" + AUFS in b"/" + parent:  # F10
             if member.path.startswith(AUFS_LINKS) and member.kind == FILE:
                 self._aufs_links[member.path] = self._node(member)
             return True
@@ -140,7 +140,7 @@ class _Layering:
             return True  # F2
         if name == OPAQUE:
             self._hide_lower(directory)
-        elif not name.startswith(AUFS):
+        else:
             self._hide_name(directory, victim)
         return True
 
@@ -238,7 +238,7 @@ class _Layering:
         parent, _, name = member.link.rpartition(b"/")
         directory = self._merge.directory(parent, create=False)
         target = directory.children.get(name) if directory is not None else None
-        if not member.link or target is not None and target.kind == DIRECTORY:
+        if not member.link or (target is not None and target.kind == DIRECTORY):
             raise ConvertError(f"layer {self._index} has a hard link to a directory: {show(member.path)}")
         return target
 

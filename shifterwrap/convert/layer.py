@@ -15,17 +15,29 @@ from typing import NamedTuple
 from ..errors import ConvertError, LimitExceeded
 from ..oci import check_digest
 from .decode import decode
-from .tar import Limits, Member, members, weight
-
-__all__ = ["Budget", "Layer", "Limits", "scan"]
+from .tar import Member, members, weight
 
 _QUEUED_PIECES = 4  # of about 1 MiB, waiting to be hashed
+_COUNTED_ENTRIES = 256  # at a time
+
+
+class Limits(NamedTuple):
+    """How much one image may unpack to (F36).
+
+    ``max_unpacked_bytes`` is absolute; beyond ``ratio_floor_bytes``, so is ``max_ratio`` times the stored bytes;
+    ``max_entries`` counts members, one with much metadata (long paths, attributes) as several.
+    """
+
+    max_unpacked_bytes: int = 256 << 30
+    max_ratio: int = 200
+    max_entries: int = 5_000_000
+    ratio_floor_bytes: int = 100 << 20
 
 
 class Layer(NamedTuple):
     """What a layer holds: its members in their order, and its uncompressed size."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index(), which nobody wants of a layer
     members: list[Member]
     unpacked_bytes: int
 
@@ -33,7 +45,7 @@ class Layer(NamedTuple):
 class Budget:
     """What one image may still unpack, shared by the threads that scan its layers.
 
-    ``stored_bytes`` is the size of all its blobs, so that the bound is the same whichever layer is read first (F36).
+    ``stored_bytes`` is the size of all its blobs, so that the bound is the same whichever layer is read first.
     """
 
     __slots__ = ("_bytes", "_entries", "_lock", "limits", "max_bytes")
@@ -50,7 +62,8 @@ class Budget:
         with self._lock:
             self._bytes += count
         if self._bytes > self.max_bytes:
-            why = "" if self.max_bytes == self.limits.max_unpacked_bytes else f", {self.limits.max_ratio} times its size"
+            absolute = self.max_bytes == self.limits.max_unpacked_bytes
+            why = "" if absolute else f", {self.limits.max_ratio} times its size"
             raise LimitExceeded(f"the image unpacks to more than {self.max_bytes} bytes{why}")
 
     def add_entries(self, count: int) -> None:
@@ -68,32 +81,37 @@ def scan(index: int, chunks: Iterable[bytes], diff_id: str, budget: Budget) -> L
     ``diff_id``, or else ConvertError (F33: config.md, "Layer DiffID").
     """
     algorithm, _, expected = check_digest(diff_id).partition(":")
-    digest = hashlib.new(algorithm)
+    pieces = _Hashed(decode(chunks), algorithm, budget)
     found: list[Member] = []
-    counter = [0]
-    pending = 0
-    for member in members(_hashed(decode(chunks), digest, budget, counter), budget.limits):
+    uncounted = 0
+    for member in members(iter(pieces), budget.limits.max_entries):
         found.append(member)
-        pending += weight(member)
-        if pending >= 256:
-            budget.add_entries(pending)
-            pending = 0
-    budget.add_entries(pending)
-    if digest.hexdigest() != expected:
-        raise ConvertError(f"layer {index} is not what the image config says: its content has another digest than {diff_id}")
-    return Layer(index, found, counter[0])
+        uncounted += weight(member)
+        if uncounted >= _COUNTED_ENTRIES:
+            budget.add_entries(uncounted)
+            uncounted = 0
+    budget.add_entries(uncounted)
+    if pieces.digest.hexdigest() != expected:
+        raise ConvertError(f"layer {index} is not the one that the image config names: its content is not {diff_id}")
+    return Layer(index, found, pieces.size)
 
 
-def _hashed(
-    pieces: Iterator[bytes], digest: "hashlib._Hash", budget: Budget, counter: list[int]
-) -> Iterator[bytes]:  # fmt: skip
-    """``pieces``, each counted, and hashed by a thread beside the one that inflates and parses."""
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="diff-id") as hasher:
-        for piece in pieces:
-            counter[0] += len(piece)
-            budget.add_bytes(len(piece))
-            waiting.append(hasher.submit(digest.update, piece))
-            if len(waiting) > _QUEUED_PIECES:
-                waiting.popleft().result()
-            yield piece
+class _Hashed:
+    """Pieces passed on, counted, and hashed by a thread beside the one that inflates and parses."""
+
+    def __init__(self, pieces: Iterator[bytes], algorithm: str, budget: Budget) -> None:
+        self._pieces = pieces
+        self._budget = budget
+        self.digest = hashlib.new(algorithm)
+        self.size = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        waiting: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="diff-id") as hasher:
+            for piece in self._pieces:
+                self.size += len(piece)
+                self._budget.add_bytes(len(piece))
+                waiting.append(hasher.submit(self.digest.update, piece))
+                if len(waiting) > _QUEUED_PIECES:
+                    waiting.popleft().result()
+                yield piece

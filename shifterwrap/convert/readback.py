@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import ConvertError
 from ..events import Emit, Event
-from .content import crc32
+from .accelerators import crc32
 from .decompress import decompressor
 from .sqfs_reader import Image, Inode, Name
 from .tree import DIRECTORY, FILE, KIND_NAMES, Node, Tree, show, walk

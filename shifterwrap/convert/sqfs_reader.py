@@ -283,16 +283,15 @@ class Image:
 
     def _check_indexes(self, directory: Inode, runs: dict[int, tuple[int, bytes]]) -> None:
         """A directory's index, by which Linux finds names in long ones, must point at what is there."""
-        position = directory.position
+        position = [*directory.position]
         for _ in range(directory.indexes):
-            raw, *position_ = self._inodes.read(*position, 12)
+            raw, *position = self._inodes.read(position[0], position[1], 12)
             at, block, length = struct.unpack("<III", raw)
             if length >= MAX_NAME + 1:
                 raise ConvertError("the image is damaged: a directory index makes no sense")
-            name, *position_ = self._inodes.read(*position_, length + 1)
+            name, *position = self._inodes.read(position[0], position[1], length + 1)
             if runs.get(at) != (block, name):
                 raise ConvertError("the image is damaged: a directory index points nowhere")
-            position = (position_[0], position_[1])
 
     # ---- content
 
@@ -379,14 +378,14 @@ class _Xattrs:
             raise ConvertError("the image is damaged: an attribute lies outside of its table")
         raw = self._ids.read(self._index[number // 512], number % 512 * 16, 16)[0]
         ref, count, _ = struct.unpack("<QII", raw)
-        position, found = (ref >> 16, ref & 0xFFFF), {}
+        position, found = [ref >> 16, ref & 0xFFFF], {}
         if count > 4096:
             raise ConvertError("the image is damaged: too many attributes")
         for _ in range(count):
-            raw, *position_ = self._values.read(*position, 4)
+            raw, *position = self._values.read(position[0], position[1], 4)
             kind, length = struct.unpack("<HH", raw)
-            name, *position_ = self._values.read(position_[0], position_[1], length)
-            value, *position_ = self._value(position_[0], position_[1])
+            name, *position = self._values.read(position[0], position[1], length)
+            value, *position = self._value(position[0], position[1])
             if kind & 0x100:  # stored elsewhere: the value is a reference
                 if len(value) != 8:
                     raise ConvertError("the image is damaged: an attribute makes no sense")
@@ -395,7 +394,6 @@ class _Xattrs:
             if kind & 0xFF not in _XATTR_SPACES:
                 raise ConvertError("the image is damaged: an attribute makes no sense")
             found[_XATTR_SPACES[kind & 0xFF] + name] = value
-            position = (position_[0], position_[1])
         return found
 
     def _value(self, block: int, offset: int) -> tuple[bytes, int, int]:

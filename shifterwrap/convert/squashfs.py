@@ -1,33 +1,32 @@
 """A tree written as one squashfs file, by the writer program that this machine has; nothing is extracted to disk.
 
-tar2sqfs (squashfs-tools-ng) comes first: it needs 24 MB where mksquashfs takes gigabytes, writes the same bytes on every
-run, and the hard-link and duplicate races of squashfs-tools (plougher/squashfs-tools #361, #395) are not its. Then
-mksquashfs, never through its other name sqfstar, whose 4.5 refuses -Xcompression-level. What any of them wrote is
+tar2sqfs (squashfs-tools-ng) comes first: it needs 24 MB where mksquashfs takes gigabytes, writes the same bytes on
+every run, and has none of squashfs-tools' races between hard links and duplicates (plougher/squashfs-tools #361, #395).
+Then mksquashfs, never by its other name sqfstar, whose 4.5 refuses -Xcompression-level. What any of them wrote is
 believed only after :func:`shifterwrap.convert.readback.check`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
-from ..errors import CacheFull, ConvertError, ConverterMissing, LimitExceeded
+from ..errors import ConverterMissing, ConvertError, Error
 from ..events import Emit, Event
 from . import merged_tar
 from .content import OpenLayer, in_layer_order, stream
 from .decompress import readable
+from .room import FULL, no_room
 from .sqfs_reader import superblock
 from .tree import DIRECTORY, FILE, Node, Tree, first_names
 
 SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
-MAX_HOLE_BYTES = 16 << 30  # in all: writers read every hole as zeros, at some 5 GB/s
 PIPE_BYTES = 1 << 20  # /proc/sys/fs/pipe-max-size, what an ordinary user may have
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python has its name from 3.10
 _REPORT_BYTES = 16 << 20
@@ -36,7 +35,7 @@ _LEVELLED = ("gzip", "zstd")
 
 
 class Options(NamedTuple):
-    """How to compress. ``level`` is the compressor's own (lz4 has none), ``block_size`` a power of two, 4 KiB..1 MiB."""
+    """How to compress. ``level`` is the compressor's own (lz4: none), ``block_size`` a power of two, 4 KiB..1 MiB."""
 
     compressor: str = "zstd"
     level: int = 1
@@ -128,9 +127,9 @@ def _mksquashfs_argv(writer: Writer, output: str, options: Options, root: Node) 
     careful = ["-no-duplicates"] if writer.version < (4, 7, 6) else []  # the races of its duplicate search, #361
     return [
         writer.path, "-", output, "-tar", "-noappend", "-quiet", "-no-progress", "-exit-on-error", "-no-exports",
-        "-mem", _MKSQUASHFS_MEMORY, "-processors", str(options.threads), "-mkfs-time", "0", "-b", str(options.block_size),
-        "-root-mode", f"{root.mode:o}", "-root-uid", str(root.uid), "-root-gid", str(root.gid),
-        "-root-time", str(root.mtime), *careful, "-comp", options.compressor, *level,
+        "-mem", _MKSQUASHFS_MEMORY, "-processors", str(options.threads), "-mkfs-time", "0",
+        "-b", str(options.block_size), "-root-mode", f"{root.mode:o}", "-root-uid", str(root.uid),
+        "-root-gid", str(root.gid), "-root-time", str(root.mtime), *careful, "-comp", options.compressor, *level,
     ]  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def write(
     """Write ``tree`` to the new file ``path``, and leave the CRC-32 of each file's content in its node.
 
     ``open_layer(index)`` yields a layer's uncompressed bytes; layers are opened in order, each at most once, and only
-    as far as something in them lives. Raises ConvertError, ConverterMissing, LimitExceeded (holes), CacheFull; then
+    as far as something in them lives. Raises ConvertError, ConverterMissing (holes), CacheFull; then
     ``path`` does not exist.
     """
     if options.compressor not in readable():
@@ -161,17 +160,13 @@ def write(
     writer = writer or find_writer(SEARCH_PATH, options.compressor)
     nodes, links = first_names(tree)
     files = in_layer_order(nodes)
-    holes = sum(node.size - node.stored_bytes() for _, node in files)
-    if holes > MAX_HOLE_BYTES:
-        raise LimitExceeded(f"the image has sparse files with {holes} bytes of holes; {MAX_HOLE_BYTES} is the limit", " ")
     with _Program(writer, writer.argv(path, options, tree.root), path) as program:
-        with program.explained():
-            _send_headers(nodes, program.pipe)
-            _send_files(files, open_layer, tree.live_bytes, program.pipe, emit)
-            for link, node, first in links:
-                program.pipe.put(merged_tar.header(link, node, first))
-            program.pipe.put(merged_tar.END)
-            program.pipe.flush()
+        _send_headers(nodes, program.pipe)
+        _send_files(files, open_layer, tree.live_bytes, program.pipe, emit)
+        for link, node, first in links:
+            program.pipe.put(merged_tar.header(link, node, first))
+        program.pipe.put(merged_tar.END)
+        program.pipe.flush()
         program.finish()
     _check_written(path, writer, options)
 
@@ -180,7 +175,7 @@ def _send_headers(nodes: list[tuple[bytes, Node]], pipe: _Pipe) -> None:
     for path, node in nodes:
         if node.kind == DIRECTORY:
             pipe.put(merged_tar.header(path, node))
-    for path, node in nodes:
+    for path, node in reversed(nodes):  # tar2sqfs searches a directory's list from its front for each name's place
         if node.kind not in (DIRECTORY, FILE):
             pipe.put(merged_tar.header(path, node))
 
@@ -254,13 +249,16 @@ class _Program:
     def __enter__(self) -> _Program:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(BrokenPipeError):
+    def __exit__(self, kind: object, exc: object, trace: object) -> None:
+        try:
             self._stdin.close()
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        self._discard()
+            if isinstance(exc, BrokenPipeError):  # it ended before its input did, and its end is the reason
+                raise self._failure(self._process.wait()) from None
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._discard()
 
     def _discard(self) -> None:
         os.close(self._output_fd)
@@ -269,28 +267,20 @@ class _Program:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
 
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn the broken pipe of a writer that ended early into the reason for its end."""
-        try:
-            yield
-        except BrokenPipeError:
-            raise self._failure(self._process.wait()) from None
-
     def finish(self) -> None:
         """Wait for the writer to end, and raise what it failed of."""
         self._stdin.close()
         code = self._process.wait()
         if code:
             raise self._failure(code)
-        if os.fstat(self._output_fd).st_nlink != 1 or not os.path.samestat(os.fstat(self._output_fd), os.stat(self._path)):
+        if not os.path.samestat(os.fstat(self._output_fd), os.stat(self._path)):
             raise ConvertError(f"{self._writer.program} did not write {self._path}")
         self._finished = True
 
-    def _failure(self, code: int) -> ConvertError | CacheFull:
+    def _failure(self, code: int) -> Error:
         said = self._said()
         if self._is_full(said):
-            return CacheFull(f"no room left on {_mount_point(self._path)} for the squashfs image")
+            return no_room(self._path)
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             why = " (perhaps for using too much memory)" if -code == signal.SIGKILL else ""
@@ -303,20 +293,13 @@ class _Program:
         return os.pread(self._said_fd, 1000, max(size - 1000, 0)).decode(errors="replace").strip()
 
     def _is_full(self, said: str) -> bool:
-        if os.strerror(errno.ENOSPC) in said or os.strerror(errno.EDQUOT) in said:
+        if any(os.strerror(number) in said for number in FULL):
             return True
         try:
             os.pwrite(self._output_fd, bytes(PIPE_BYTES), os.fstat(self._output_fd).st_size)
         except OSError as exc:
-            return exc.errno in (errno.ENOSPC, errno.EDQUOT)
+            return exc.errno in FULL
         return False
-
-
-def _mount_point(path: str) -> str:
-    place = os.path.dirname(os.path.abspath(path))
-    while not os.path.ismount(place):
-        place = os.path.dirname(place)
-    return place
 
 
 def _check_written(path: str, writer: Writer, options: Options) -> None:

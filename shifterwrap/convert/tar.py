@@ -35,25 +35,12 @@ _OCTAL_LIMIT = 8 << 30  # the first size that a ustar header cannot say
 _Pax = dict[bytes, bytes]
 
 
-class Limits(NamedTuple):
-    """How much one image may unpack to.
-
-    ``max_unpacked_bytes`` is absolute; ``max_ratio`` times the stored bytes is the other bound once ``ratio_floor_bytes``
-    are out; ``max_entries`` counts members, a member with much metadata (long paths, attributes) as several.
-    """
-
-    max_unpacked_bytes: int = 256 << 30
-    max_ratio: int = 200
-    ratio_floor_bytes: int = 100 << 20
-    max_entries: int = 5_000_000
-
-
 class Member(NamedTuple):
     """One member. ``path`` is relative and normalised, b"" for the root; ``link`` is raw, a hard link's normalised.
 
-    ``offset`` is where its data starts in the uncompressed layer; ``size`` is what the file will have; ``sparse`` are the
-    (offset in the file, length) regions that are stored, None when all of it is. ``mtime`` is whole seconds, clamped
-    to 0..2**32-1 (F21); ``xattrs`` are unfiltered.
+    ``offset`` is where its data starts in the uncompressed layer; ``size`` is what the file will have; ``sparse`` are
+    the (offset in the file, length) regions that are stored, None when all of it is. ``mtime`` is whole seconds,
+    clamped to 0..2**32-1 (F21); ``xattrs`` are unfiltered.
     """
 
     path: bytes
@@ -70,11 +57,11 @@ class Member(NamedTuple):
     sparse: Optional[Regions]
 
 
-def members(stream: Iterator[bytes], limits: Limits) -> Iterator[Member]:
+def members(stream: Iterator[bytes], max_entries: int) -> Iterator[Member]:
     """Every member of the tar in ``stream``, which is read to its end (F31) so that whoever hashes it sees all of it.
 
     ConvertError for what is not a tar or a name, link or size that no file system could hold; LimitExceeded for more
-    than ``limits.max_entries``.
+    than ``max_entries``, counted by :func:`weight`.
     """
     window = _Window(stream)
     count = 0
@@ -83,11 +70,10 @@ def members(stream: Iterator[bytes], limits: Limits) -> Iterator[Member]:
         if header is None:
             break
         member = _member(window, header)
-        if member is not None:
-            count += weight(member)
-            if count > limits.max_entries:
-                raise LimitExceeded(f"a layer has more than {limits.max_entries} entries")
-            yield member
+        count += weight(member)
+        if count > max_entries:
+            raise LimitExceeded(f"a layer has more than {max_entries} entries")
+        yield member
     window.drain()
 
 
@@ -236,7 +222,7 @@ def _extension(window: _Window, fields: tuple[bytes, ...]) -> bytes:
     return data
 
 
-def _member(window: _Window, header: _Header) -> Optional[Member]:
+def _member(window: _Window, header: _Header) -> Member:
     """The member of ``header``; the window is left at the next header."""
     (name, mode, uid, gid, size_field, mtime, _, type_flag, link, magic, major, minor, prefix) = header.fields
     kind = _KINDS[type_flag]
@@ -390,7 +376,7 @@ def _link(kind: int, target: bytes, path: bytes) -> bytes:
 def _parse_pax(data: bytes) -> _Pax:
     """The records ``LENGTH KEY=VALUE\\n`` (POSIX pax, "pax Header Block"); values are bytes.
 
-    The pairs of GNU.sparse.offset and GNU.sparse.numbytes of sparse format 0.0 repeat; they become the map of format 0.1.
+    The pairs GNU.sparse.offset, GNU.sparse.numbytes of sparse format 0.0 repeat; they become the map of format 0.1.
     """
     records: _Pax = {}
     pairs: list[bytes] = []
@@ -443,7 +429,7 @@ def _xattrs(pax: _Pax) -> Optional[dict[bytes, bytes]]:
 
 
 def _sparse(window: _Window, header: _Header, raw: bytes, stored: int) -> tuple[bytes, int, Optional[Regions], int]:
-    """(name, real size, regions, stored bytes) of a GNU sparse file, its map read (GNU tar manual, "Sparse Formats")."""
+    """(name, real size, regions, stored bytes) of a sparse file, its map read (GNU tar manual, "Sparse Formats")."""
     pax = header.pax
     if header.fields[7] == b"S":
         size = _number(header.block[483:495])

@@ -1,8 +1,10 @@
 """The plan in apptainer's (and singularity's) words: one ``exec`` of the squashfs file or the directory tree.
 
 apptainer binds home, current directory, /tmp, /dev, /proc, /sys and the name service files by itself, so only the
-site's and the user's binds are passed. The image's variables travel as APPTAINERENV_NAME, which no shell and no list
-separator ever sees; the host's pass by themselves, as the plan's precedence wants.
+site's and the user's binds are passed. Its own environment is the host's: an image's variables (LD_PRELOAD,
+APPTAINER_BIND …) must not reach a program of the host. They travel as APPTAINERENV_NAME, whose value apptainer writes
+into a shell script in the container, within double quotes; what a shell would expand there is escaped (tried with
+apptainer 1.4.5: newlines, quotes, backslashes, ``$(…)`` come out as they went in).
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from collections.abc import Mapping
 
 from ..errors import RuntimeUnavailable
 from ..host import Host
-from ..plan import HOST_ONLY, Command, Plan, is_host_only
+from ..plan import Command, Plan, is_host_only
 
 _PREFIXES = {"apptainer": "APPTAINERENV_", "singularity": "SINGULARITYENV_"}
+_OWN = frozenset({"HOME", "PWD"})  # apptainer sets these itself
+_INSTEAD = "use --runtime embedded"
 
 
 def command(plan: Plan, host: Host, program: str, environ: Mapping[str, str]) -> Command:
@@ -22,27 +26,33 @@ def command(plan: Plan, host: Host, program: str, environ: Mapping[str, str]) ->
     if host.uid == 0 and not host.full_capabilities:
         argv.append("--userns")  # it would ask for capabilities that root has not got here, and fail
     for bind in plan.binds:
-        if "," in bind.source + bind.target or ":" in bind.source + bind.target:
-            raise RuntimeUnavailable(f"apptainer cannot bind {bind.source}: the path has a comma or a colon",
-                                     "use --runtime embedded")  # fmt: skip
+        if any(mark in path for path in bind[:2] for mark in ",:"):
+            raise RuntimeUnavailable(f"apptainer cannot bind {bind.source}: a comma or a colon in the path", _INSTEAD)
         argv += ["--bind", f"{bind.source}:{bind.target}:{'ro' if bind.readonly else 'rw'}"]
-    if plan.strict_workdir or plan.workdirs[0] != _cwd(plan):
+    if plan.strict_workdir or plan.workdirs[0] != plan.cwd:
         argv += ["--pwd", plan.workdirs[0]]
     if plan.writable_tmpfs:
         argv.append("--writable-tmpfs")
     argv += [plan.image.path, *plan.argv]
     prefix = _PREFIXES["singularity" if program.endswith("/singularity") else "apptainer"]
-    return Command(program, tuple(argv), _environment(plan, environ, prefix))
+    return _with_environment(plan, environ, prefix, program, tuple(argv))
 
 
-def _cwd(plan: Plan) -> str:
-    return plan.env.get("PWD", "")
+def _with_environment(plan: Plan, environ: Mapping[str, str], prefix: str, program: str,
+                      argv: tuple[str, ...]) -> Command:
+    env = {name: value for name, value in environ.items() if name in ("PATH", "PWD") or not is_host_only(name)}
+    notes = []
+    for name, value in plan.env.items():
+        if name not in plan.overrides and (name in _OWN or (name != "PATH" and environ.get(name) == value)):
+            continue
+        if name in _OWN or not _is_shell_name(name):
+            if name in plan.overrides:
+                raise RuntimeUnavailable(f"apptainer cannot set the variable {name}", _INSTEAD)
+            notes.append(f"apptainer cannot set the image's variable {name}; left out")
+            continue
+        env[prefix + name] = value.replace("\\", "\\\\").replace("$", "\\$").replace("`", "\\`")
+    return Command(program, argv, env, tuple(notes))
 
 
-def _environment(plan: Plan, environ: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """apptainer's own environment: the host's, less what must not get in, and the plan's variables under its prefix."""
-    kept = {name: value for name, value in environ.items() if name in ("PATH", "PWD") or not is_host_only(name)}
-    kept = {name: value for name, value in kept.items() if name not in HOST_ONLY or name in ("PATH", "PWD")}
-    changed = {name: value for name, value in plan.env.items() if name == "PATH" or environ.get(name) != value}
-    kept.update({prefix + name: value for name, value in changed.items() if name != "HOME"})
-    return kept
+def _is_shell_name(name: str) -> bool:
+    return name.isidentifier() and name.isascii()

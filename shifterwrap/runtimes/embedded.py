@@ -5,15 +5,16 @@ the command's own. An ordinary user works in a user namespace that maps only him
 
 The root is assembled on a private tmpfs, which becomes the process's root first so that no host path is hidden by it::
 
-    /lower    the image: kernel squashfs (root), squashfuse_ll (others) or a bound directory tree; read-only, nosuid, nodev
+    /lower    the image: kernel squashfs (root), squashfuse_ll (others) or a bound tree; read-only, nosuid, nodev
     /points   directories and files that binds need and the image lacks
     /made     generated files: passwd, group
     /upper    what a --writable-tmpfs container writes
     /root     lower, or an overlay of points over lower; where the kernel has no overlay in a user namespace (before
               5.11) a tree of binds that opens only the directories which lack a name
 
-Sources are opened (O_PATH) in the new namespace before anything is mounted there, and bound through their descriptors: a path is resolved once, by
-the user's own rights, and an image's symlink never leads to the host. Mounts propagate in, never out.
+Sources are opened (O_PATH) in the new namespace before anything is mounted there, and bound through their descriptors:
+a path is resolved once, by the user's own rights, and an image's symlink never leads to the host. Mounts propagate in,
+never out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _BASES = ("/tmp", "/var/tmp", "/mnt", "/run")
 _READ_ONLY = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
 # statvfs f_flag bits that a remount in a user namespace must keep (mount_namespaces(7), "locked" flags)
 _LOCKED = {os.ST_NOSUID: linux.MS_NOSUID, os.ST_NODEV: linux.MS_NODEV, os.ST_NOEXEC: linux.MS_NOEXEC,
-           os.ST_NOATIME: 0x400, os.ST_NODIRATIME: 0x800, os.ST_RELATIME: 0x200000}  # fmt: skip
+           os.ST_NOATIME: 0x400, os.ST_NODIRATIME: 0x800, os.ST_RELATIME: 0x200000}
 _MAX_SYMLINKS = 40
 
 
@@ -137,10 +138,10 @@ class _step:
 
 def unshare_user(host: Host) -> None:
     """Enter a user namespace in which the caller is who he was; his other groups stay effective, shown as nobody."""
-    with _step("a user namespace", "user namespaces are off for ordinary users here; shifterwrap doctor says how to allow them"):
+    with _step("a user namespace", "they are off for ordinary users here; shifterwrap doctor says how to allow them"):
         linux.unshare(linux.CLONE_NEWUSER)
         for name, line in (("setgroups", "deny"), ("uid_map", f"{host.uid} {host.uid} 1"),
-                           ("gid_map", f"{host.gid} {host.gid} 1")):  # fmt: skip
+                           ("gid_map", f"{host.gid} {host.gid} 1")):
             fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
             os.write(fd, line.encode())
             os.close(fd)
@@ -216,12 +217,12 @@ def _attach(image: str) -> str:
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         device = linux.attach_loop(fd)
         os.close(fd)
-        return device
-    raise AssertionError  # unreachable: the step raises
+    return device
 
 
 def _mount_fuse(image: str, server: _Server, host: Host) -> None:
-    options = f"fd={server.fuse_fd},rootmode=40000,user_id={host.uid},group_id={host.gid},allow_other,default_permissions"
+    options = (f"fd={server.fuse_fd},rootmode=40000,user_id={host.uid},group_id={host.gid},"
+               "allow_other,default_permissions")
     with _step("a FUSE mount in a user namespace", "needs Linux 4.18 or newer"):
         linux.mount("squashfuse_ll", "/lower", "fuse", _READ_ONLY, options)
     os.close(server.go_fd)
@@ -231,7 +232,7 @@ def _mount_fuse(image: str, server: _Server, host: Host) -> None:
     except OSError as exc:
         text = os.pread(server.complaints_fd, 500, 0).decode(errors="replace")
         raise SandboxError(f"squashfuse_ll cannot serve {image}: {text or exc.strerror}",
-                           "check the entry with: shifterwrap verify") from None  # fmt: skip
+                           "check the entry with: shifterwrap verify") from None
     os.close(server.complaints_fd)
 
 
@@ -321,7 +322,7 @@ def place(root: str, target: str, is_directory: bool) -> str:
 
 
 def _make_points(targets: list[tuple[str, bool]]) -> None:
-    """Make under /points what binds need and the image lacks; SandboxError when a file stands where a directory must."""
+    """Make under /points what binds need and the image lacks; SandboxError where a file is in a directory's place."""
     places = [place("/lower", target, is_directory) for target, is_directory in targets]
     for (target, is_directory), path in zip(targets, places):
         if any(path.startswith(other + "/") for other in places):
@@ -330,7 +331,7 @@ def _make_points(targets: list[tuple[str, bool]]) -> None:
         if mode is not None and not stat.S_ISLNK(mode):
             if stat.S_ISDIR(mode) != is_directory:
                 raise SandboxError(f"{target} is a {'directory' if stat.S_ISDIR(mode) else 'file'} in the image",
-                                   "bind a file on a file and a directory on a directory")  # fmt: skip
+                                   "bind a file on a file and a directory on a directory")
             continue
         _make_directories(path if is_directory else os.path.dirname(path), target)
         if not is_directory:
@@ -440,7 +441,7 @@ def _enter_workdir(plan: Plan) -> str:
         except OSError as exc:
             if plan.strict_workdir:
                 raise SandboxError(f"working directory {path}: {exc.strerror}",
-                                   "it must exist in the container; --bind brings a host directory in") from None  # fmt: skip
+                                   "it must exist in the container; --bind brings a host directory in") from None
     return "/"
 
 
@@ -466,7 +467,7 @@ def find_program(name: str, path: str) -> str:
 
 def _exec_error(program: str, exc: OSError) -> Exception:
     if exc.errno == errno.ENOENT:
-        return CommandNotFound(f"{program}: its interpreter is not in the image", "look at its first line, or at its libc")
+        return CommandNotFound(f"{program}: its interpreter is not in the image", "see its first line, or its libc")
     if exc.errno == errno.ENOEXEC:
         return CommandNotExecutable(f"{program}: neither a program for this machine nor a script with a #! line")
     return CommandNotExecutable(f"{program}: {exc.strerror}")

@@ -149,7 +149,7 @@ class DockerSource:
         """
         response = self._get_blob(descriptor, start)
         begins, total = _extent(response)
-        if start and begins not in (0, start) and response.status_code in _RANGE_REFUSED:
+        if start and begins != start and response.status_code in _RANGE_REFUSED:
             response.close()
             response = self._get_blob(descriptor, 0)
             begins, total = _extent(response)
@@ -160,8 +160,12 @@ class DockerSource:
     # ---- manifests and blobs
 
     def _head(self) -> str:
-        """The digest by HEAD; "" where only GET can tell."""
-        with self._request("HEAD", f"manifests/{self.reference.name}", Accept=_ACCEPT) as response:
+        """The digest by HEAD; "" where GET must tell, also why access is denied: some registries deny HEAD alone."""
+        try:
+            response = self._request("HEAD", f"manifests/{self.reference.name}", Accept=_ACCEPT)
+        except AuthDenied:
+            return ""
+        with response:
             if _is_passing(response.status_code):
                 self._refuse(response, str(self.reference))
             return _told_digest(response) if response.status_code == 200 else ""
@@ -460,7 +464,7 @@ def _is_index(document: Mapping[str, Any], claims: Collection[str], where: str) 
         raise RegistryError(f"{where} is a manifest and an index at once", _MISCONFIGURED)
     for claim in sorted(claims):
         if claim not in oci.INDEX_TYPES | oci.MANIFEST_TYPES:
-            raise RegistryError(f"{where} is not a container image but {claim}")
+            raise RegistryError(f"{where} is not a container image but {claim}", "only container images can be run")
         if (claim in oci.INDEX_TYPES) != index:
             raise RegistryError(f"{where} is called {claim}, and is not", _MISCONFIGURED)
     return index
