@@ -31,15 +31,17 @@ access: a hit works on a read-only cache. The one write of a hit is the lock fil
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
 
 from . import linux
 from .errors import CacheError, CacheFormat
 from .oci import Platform, Reference
+from .values import TYPE_CHECKING, NamedTuple, loads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any, Optional
 
 LAYOUT_VERSION = 1
 CONTENT_FORMAT = 1  # raised only when the bytes that an older version wrote would be wrong
@@ -196,7 +198,7 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
     """The JSON object in a file of the cache; None when it is missing or damaged."""
     try:
         with open(path, "rb") as stream:
-            document = json.loads(stream.read())
+            document = loads(stream.read().decode())
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None

@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> int:
-    if args.run is _config:  # explains a configuration that cannot be loaded
+    if args.name == "config":  # explains a configuration that cannot be loaded
         return _config(Context(args, Config(), ""))
     settings = config.load(os.environ, os.getuid())
     root = cache.locate(os.environ, os.getuid(), settings.local_scratch)
@@ -358,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[[Context], int], text: str, needs: str = "existing") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="output for machines")
-        command.set_defaults(run=run, needs_cache=needs)
+        command.set_defaults(run=run, name=name, needs_cache=needs)
         return command
 
     pull = add("pull", _pull, "pull and convert images into the cache", "any")

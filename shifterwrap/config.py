@@ -8,14 +8,16 @@ child process. A snapshot is believed only when root owns it (the site's) or the
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
 
 from .errors import ConfigError, from_record
+from .values import TYPE_CHECKING, NamedTuple, loads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, Optional
 
 SITE_FILE = "/etc/shifterwrap/shifterwrap.yaml"
 SITE_SNAPSHOT = "/run/shifterwrap/config.json"
@@ -112,7 +114,7 @@ def _read_snapshot(snapshot: str, uid: int, path: str, sources: list[list[Any]])
         if info.st_uid not in (0, uid) or info.st_mode & 0o022:
             return None
         try:
-            document = json.load(stream)
+            document = loads(stream.read().decode())
         except ValueError:
             return None
     if not isinstance(document, dict) or document.get("version") != SNAPSHOT_VERSION or document.get("path") != path:
@@ -136,7 +138,7 @@ def _refresh(path: str) -> dict[str, Any]:
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     child = subprocess.run([sys.executable, "-I", program, "snapshot", path], stdout=subprocess.PIPE, check=False)
     try:
-        document = json.loads(child.stdout)
+        document = loads(child.stdout.decode())
     except ValueError:
         raise ConfigError(f"{path}: cannot be parsed") from None
     if "error" in document:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # as typing's, which costs 6 ms and is not needed at run time here
+from .values import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+
+from .values import NamedTuple
 
 # Where packages of apptainer put the squashfuse_ll that they bring along.
 _BUNDLED = ("/usr/libexec/apptainer/bin", "/usr/lib/x86_64-linux-gnu/apptainer/bin", "/usr/lib/apptainer/bin",

@@ -10,8 +10,6 @@ import os
 import pwd
 import sys
 import time
-from collections.abc import Mapping
-from typing import NoReturn
 
 from . import __version__, cache, config, host, lease, plan, request
 from .cache import Lease
@@ -20,6 +18,11 @@ from .errors import RuntimeUnavailable, UsageError, guard
 from .host import Host
 from .request import LaunchRequest
 from .runtimes import apptainer, charliecloud, embedded
+from .values import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import NoReturn
 
 PROG = "wrapped-run"
 RUNTIMES = ("embedded", "apptainer", "charliecloud")

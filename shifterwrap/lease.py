@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import cache, oci
 from .cache import Key, Lease
 from .config import Config
 from .errors import CacheError, Error, NotCached, from_record
 from .oci import Platform, Reference
+from .values import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, Optional
+
     from .singleflight import Flight
 
 

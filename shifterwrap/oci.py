@@ -6,11 +6,13 @@ the grammar of names and tags), distribution/reference (the meaning of a short n
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any, NamedTuple, Optional
 
 from .errors import BadReference, RegistryError
+from .values import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import Any, Optional
 
 MAX_MANIFEST_BYTES = 4 << 20  # distribution-spec: registries should enforce no less, clients no more
 MAX_CONFIG_BYTES = 8 << 20
@@ -226,6 +228,8 @@ def parse_descriptor(value: Any, where: str) -> Descriptor:
 def parse_json(body: bytes, what: str) -> dict[str, Any]:
     """The JSON object in ``body``; RegistryError when it is anything else."""
     try:
+        import json  # the launcher parses references only
+
         value = json.loads(body)
     except (ValueError, RecursionError):
         raise RegistryError(f"{what} is not JSON", _AT_FAULT) from None

@@ -8,12 +8,14 @@ host), the image's, the site's, the request's. What the scheduler and the MPI la
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from .config import DEFAULT_PATH, Config
 from .errors import UsageError
 from .request import Bind, LaunchRequest, parse_bind
+from .values import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 # Names of the host that mean host paths; inside they would point nowhere, or worse, somewhere.
 HOST_ONLY = frozenset({"PATH", "OLDPWD", "_", "PWD", "SHLVL", "BASH_ENV", "ENV", "PYTHONHOME", "PYTHONPATH", "PERL5LIB",

@@ -7,11 +7,14 @@ a launch that takes 40.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional
 
 from .errors import UsageError
 from .oci import Platform, parse_platform
+from .values import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Optional
 
 
 class Bind(NamedTuple):

@@ -9,11 +9,13 @@ apptainer 1.4.5: newlines, quotes, backslashes, ``$(…)`` come out as they went
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..errors import RuntimeUnavailable
 from ..host import Host
 from ..plan import Command, Plan, is_host_only
+from ..values import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _PREFIXES = {"apptainer": "APPTAINERENV_", "singularity": "SINGULARITYENV_"}
 _OWN = frozenset({"HOME", "PWD"})  # apptainer sets these itself

@@ -8,11 +8,13 @@ directories that the image has no place for are left out, with a warning, or ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..errors import RuntimeUnavailable
 from ..host import Host
 from ..plan import Command, Plan, is_host_only, within
+from ..values import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _OWN = ("/dev", "/proc", "/sys", "/tmp")  # bound by ch-run, which also brings hosts, resolv.conf, passwd and group
 _INSTEAD = "use --runtime embedded"
@@ -46,7 +48,8 @@ def command(plan: Plan, host: Host, program: str, environ: Mapping[str, str]) ->
         argv += ["--bind", f"{bind.source}:{bind.target}"]
         reachable.append(bind.target)
     argv += ["--cd", _workdir(plan, reachable)]
-    argv += [f"--set-env={name}={_quoted(value)}" for name, value in plan.env.items() if name == "PATH" or environ.get(name) != value]
+    argv += [f"--set-env={name}={_quoted(value)}" for name, value in plan.env.items()
+             if name == "PATH" or environ.get(name) != value]
     env = {name: value for name, value in environ.items() if name == "PATH" or not is_host_only(name)}
     env.setdefault("USER", plan.user.name)  # ch-run ends without it
     return Command(program, (*argv, plan.image.path, "--", *plan.argv), env, tuple(notes))

@@ -23,13 +23,16 @@ import errno
 import os
 import stat
 import sys
-from typing import NamedTuple, NoReturn, Optional
 
 from .. import linux
 from ..errors import CommandNotExecutable, CommandNotFound, SandboxError, UsageError
 from ..host import Host
 from ..plan import Command, Plan, group_line, passwd_line
 from ..request import Bind
+from ..values import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing import NoReturn, Optional
 
 _BASES = ("/tmp", "/var/tmp", "/mnt", "/run")
 _READ_ONLY = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV

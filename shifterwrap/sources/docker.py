@@ -91,9 +91,9 @@ class DockerSource:
         settings: fetch.Settings = fetch.DEFAULTS,
         clock: fetch.Clock = fetch.SYSTEM,
     ) -> None:
-        """``insecure`` names registries, as HOST or HOST:PORT, that may be spoken to without TLS; loopback always may.
+        """``insecure`` names registries, as HOST:PORT or as HOST for any port, that may be spoken to without TLS.
 
-        A registry named there is tried with TLS first. Certificates are verified wherever TLS is spoken.
+        They are tried with TLS first; only loopback is not. Certificates are verified wherever TLS is spoken.
         """
         self.reference = reference
         self._settings = settings
@@ -237,7 +237,7 @@ class DockerSource:
                 return base
             except requests.RequestException as exc:
                 failure = exc
-                if isinstance(_root(exc), ssl.SSLCertVerificationError):
+                if _distrust(exc):
                     break
         raise _explain(failure, self._netloc) from None
 
@@ -281,6 +281,8 @@ class DockerSource:
         url = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
         what = f"{self.reference}: token"
         with self._http.send("GET", url, {}) as response:
+            if response.status_code == 404:
+                raise RegistryError(f"{what}: {_netloc(realm)} has no token service there", _MISCONFIGURED)
             if response.status_code != 200:
                 self._refuse(response, what)
             answer = oci.parse_json(self._http.read(response, MAX_TOKEN_BYTES, what), what)
@@ -412,7 +414,7 @@ class _HttpBody:
         self.total = total
         self._response = response
         raw = response.raw
-        # read1 returns what has arrived, so that a trickle meets the deadline; urllib3 has it since 2.1.
+        # read1 returns what has arrived, so that a trickle meets the deadline; urllib3 1 can only fill whole pieces.
         self._read = getattr(raw, "read1", raw.read)
 
     def read(self) -> bytes:
@@ -614,14 +616,23 @@ def _root(exc: BaseException) -> BaseException:
     return exc
 
 
+def _distrust(exc: BaseException) -> str:
+    """Why the certificate of the other side is not valid; "" when that is not what failed."""
+    root = _root(exc)
+    if isinstance(root, ssl.SSLCertVerificationError):
+        return str(root.verify_message)
+    # urllib3 1 compares names itself and raises a class of its own, in which _root finds nothing.
+    return "it is for another host" if root is exc and isinstance(exc, requests.exceptions.SSLError) else ""
+
+
 def _explain(exc: BaseException, host: str) -> Exception:
     """What to raise for a request to, or a body from, ``host`` that failed with ``exc``.
 
     Never quotes requests' or urllib3's own text: it holds the URL.
     """
     root = _root(exc)
-    if isinstance(root, ssl.SSLCertVerificationError):
-        return Unreachable(f"{host}: the TLS certificate is not valid: {root.verify_message}", _CA_HINT)
+    if distrust := _distrust(exc):
+        return Unreachable(f"{host}: the TLS certificate is not valid: {distrust}", _CA_HINT)
     if isinstance(root, ssl.SSLError) and root.reason in _NO_TLS:
         return Unreachable(f"{host} does not speak TLS", "plain http is for registries that are marked insecure")
     if isinstance(root, socket.gaierror) and root.errno == socket.EAI_NONAME:

@@ -1,0 +1,1 @@
+"""Small real servers that behave, and misbehave, as a test says."""

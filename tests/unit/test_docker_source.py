@@ -721,7 +721,7 @@ def test_only_credentials_would_do(registry: Registry, source: Open, value: str)
     [
         (fake.status(401), AuthDenied, ("token", "401")),
         (fake.error(403, "DENIED", "no anonymous users"), AuthDenied, ("token", "403", "no anonymous users")),
-        (fake.status(404), NotFound, ("token", "not in registry")),
+        (fake.status(404), RegistryError, ("token", "no token service")),
         (fake.status(400), RegistryError, ("token", "400")),
         (fake.status(500), Unreachable, ("token", "500")),
         (fake.status(429, {"Retry-After": "9999"}), RateLimited, ("token", "9999")),
@@ -1018,7 +1018,8 @@ def test_a_stalled_blob_is_resumed(registry: Registry, source: Open) -> None:
     reference, layer = large(registry)
     registry.fault("/blobs/", fake.stalled(1_000_000), times=1)
     assert blob(source(reference, Settings(read_seconds=0.2)), layer) == LAYER
-    assert registry.asked("GET", "/blobs/")[1].headers["range"] == f"bytes=1000000-{len(LAYER) - 1}"
+    resumed = int(registry.asked("GET", "/blobs/")[1].headers["range"][len("bytes=") :].partition("-")[0])
+    assert 1_000_000 - fetch.CHUNK_BYTES < resumed <= 1_000_000  # urllib3 1 loses what it has of a piece
 
 
 @pytest.mark.parametrize("fault", [fake.status(500), fake.status(502), fake.status(503), fake.reset()])
@@ -1160,7 +1161,7 @@ def test_an_unknown_certificate_is_refused_at_once(
 def test_a_certificate_for_another_name_is_refused(secure: Registry, source: Open) -> None:
     secure.name = secure.name.replace("registry", "other")
     reference = secure.add("lab/app", "1", SMALL)
-    refused(lambda: source(reference).resolve(AMD64), Unreachable, "other.test", "certificate", "ostname")
+    refused(lambda: source(reference).resolve(AMD64), Unreachable, "other.test", "certificate is not valid", hint="CA")
 
 
 def test_a_bundle_that_is_not_there(secure: Registry, source: Open, monkeypatch: pytest.MonkeyPatch) -> None:
