@@ -28,5 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(3, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as exc:
         sys.exit(f"shifterwrap: the Python package {exc.name} is missing (install shifterwrap anew, with pip)")

@@ -13,7 +13,7 @@ import time
 from . import cache, oci
 from .cache import Key, Lease
 from .config import Config
-from .errors import CacheError, Error, NotCached, from_record
+from .errors import Error, NotCached, from_record
 from .oci import Platform, Reference
 from .values import TYPE_CHECKING, NamedTuple
 
@@ -65,11 +65,11 @@ def obtain(want: Want, settings: Config, pull: str, prog: str, *, offline: bool 
 
 
 def _produced(want: Want, settings: Config, always: bool, prog: str, verbose: bool) -> Lease:
-    from . import singleflight  # these three only on a miss
+    from . import singleflight, store  # these only on a miss
     from .progress import Waiting
 
     now = time.time()
-    _make_lock_directory(want.root)
+    store.create(want.root, os.getuid())
     waiting = Waiting(prog, str(want.reference), sys.stderr)
     waiter = singleflight.Waiter(now, now + settings.pull_deadline_seconds, waiting)
     job = {"reference": want.reference, "platform": want.platform, "root": want.root, "kinds": want.kinds,
@@ -81,16 +81,6 @@ def _produced(want: Want, settings: Config, always: bool, prog: str, verbose: bo
                                  lambda flight: _work(flight, order), believe=not always)
     finally:
         waiting.close()
-
-
-def _make_lock_directory(root: str) -> None:
-    """The least that a lock needs; the worker makes the rest, with the checks that belong to it."""
-    try:
-        os.makedirs(os.path.dirname(root), exist_ok=True)
-        os.makedirs(os.path.join(root, "locks"), 0o700, exist_ok=True)
-    except OSError as exc:
-        raise CacheError(f"cache {root} cannot be made: {exc.strerror}",
-                         "set SHIFTERWRAP_CACHE_DIR to a node-local directory of yours") from None
 
 
 def _work(flight: Flight, order: dict[str, Any]) -> None:

@@ -136,7 +136,6 @@ def run(job: Job, config: Config, emit: Emit) -> Key:
 
     Raises the RegistryError, ConvertError or CacheError that ended it; the cache is then as it was before.
     """
-    store.create(job.root, os.getuid())
     store.reap(job.root)
     settings = fetch.Settings(config.connect_seconds, config.read_seconds, config.retries,
                               deadline=time.monotonic() + max(job.deadline - time.time(), 0.0))

@@ -86,6 +86,7 @@ def enter(plan: Plan, host: Host, namespaces: Optional[Namespaces] = None) -> No
     if namespaces is not None:
         _join(namespaces)
         return
+    umask = os.umask(0o022)
     tree = plan.image.kind == "tree"
     server, device = None, ""
     if host.uid != 0:
@@ -112,6 +113,7 @@ def enter(plan: Plan, host: Host, namespaces: Optional[Namespaces] = None) -> No
         linux.pivot_root(".", ".")  # the old root is stacked on the new one; pivot_root(2)
         linux.umount(".", linux.MNT_DETACH)
     os.chdir("/")
+    os.umask(umask)
     linux.no_new_privs()
 
 

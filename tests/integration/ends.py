@@ -23,7 +23,7 @@ NEEDS = ("users", "busybox", "userns", "tar2sqfs", "fuse", "squashfuse_ll")
 QUICK = {"connect_seconds": 2, "read_seconds": 1, "retries": 0, "cache_min_free_bytes": 0}
 DONE = subprocess.CompletedProcess
 PATIENCE_SECONDS = 60.0
-_PROGRESS = re.compile(r"[a-z-]+: ((resolve|fetch|convert|verify|commit) docker://|waiting for process \d+ to pull )")
+_PROGRESS = re.compile(r"[a-z-]+: ((resolve|fetch|convert|verify|commit) docker://|waiting for process \S+ to pull )")
 
 
 # ---- who runs what
