@@ -35,8 +35,8 @@ import os
 import stat
 
 from . import linux
-from .errors import CacheError, CacheFormat
-from .oci import Platform, Reference
+from .errors import BadReference, CacheError, CacheFormat
+from .oci import Platform, Reference, check_digest
 from .values import TYPE_CHECKING, NamedTuple, loads
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def check(root: str, uid: int) -> bool:
         return False
     except OSError as exc:
         raise CacheError(f"cache {root}: {exc.strerror}", "set SHIFTERWRAP_CACHE_DIR to a directory of yours") from exc
+    if stat.S_ISLNK(info.st_mode):
+        raise CacheError(f"cache {root} is a symbolic link", "set SHIFTERWRAP_CACHE_DIR to the directory itself")
     if not stat.S_ISDIR(info.st_mode):
         raise CacheError(f"cache {root} is not a directory", "set SHIFTERWRAP_CACHE_DIR to a directory of yours")
     if info.st_uid != uid:
@@ -187,10 +189,11 @@ def lookup(root: str, reference: Reference, platform: Platform) -> Optional[Ref]
 
 def read_ref(path: str) -> Optional[Ref]:
     """The ref in a file; None when it is missing or not one."""
-    document = read_json(path)
+    document = read_json(path) or {}
     try:
-        return Ref(**document) if document else None
-    except TypeError:
+        reference, platform, digest, source_digest = (str(document[name]) for name in Ref._fields[:4])
+        return Ref(reference, platform, check_digest(digest), source_digest, float(document["resolved"]))
+    except (KeyError, ValueError, TypeError, BadReference):
         return None
 
 
@@ -199,7 +202,7 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
     try:
         with open(path, "rb") as stream:
             document = loads(stream.read().decode())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
@@ -287,7 +290,8 @@ def entries(root: str) -> Iterator[Entry]:
 
 def refs(root: str) -> Iterator[Ref]:
     """Every ref, by reference."""
-    paths = (os.path.join(base, name) for base, _, names in os.walk(os.path.join(root, "refs")) for name in names)
+    paths = (os.path.join(base, name) for base, _, names in os.walk(os.path.join(root, "refs")) for name in names
+             if name.endswith(".json"))
     yield from sorted(ref for ref in map(read_ref, paths) if ref is not None)
 
 
@@ -315,7 +319,9 @@ def in_use(entry: Entry) -> bool:
 
 def image_document(entry: Entry) -> dict[str, Any]:
     """The entry's ``image.json``; CacheError when it is damaged."""
-    document = read_json(os.path.join(entry.path, "image.json"))
-    if document is None:
-        raise CacheError(f"{entry.path}/image.json is damaged", "remove the entry with: shifterwrap rm, and run again")
+    document = read_json(os.path.join(entry.path, "image.json")) or {}
+    lists = (document.get(name) for name in ("env", "entrypoint", "cmd"))
+    if not all(isinstance(value, list) for value in lists) or not isinstance(document.get("working_dir"), str):
+        raise CacheError(f"{entry.path}/image.json is damaged",
+                         f"remove the entry with: shifterwrap rm {entry.name}, and run again")
     return document

@@ -33,7 +33,7 @@ class Error(Exception):
 
     def record(self) -> dict[str, str]:
         """This error as the producer's record of a failure; see :func:`from_record`."""
-        return {"id": type(self).__name__, "message": one_line(self.message), "hint": one_line(self.hint)}
+        return {"id": type(self).__name__, "message": one_line(with_causes(self)), "hint": one_line(self.hint)}
 
 
 class UsageError(Error):
@@ -199,6 +199,11 @@ def _classes(base: type[Error] = Error) -> dict[str, type[Error]]:
 
 def describe(exc: Error) -> str:
     """One line for a person: what happened, why, and in parentheses what to do next."""
+    return with_causes(exc) + (f" ({one_line(exc.hint)})" if exc.hint else "")
+
+
+def with_causes(exc: Error) -> str:
+    """What happened and why."""
     parts = [str(exc)]
     cause = exc.__cause__
     while cause is not None:
@@ -206,7 +211,7 @@ def describe(exc: Error) -> str:
         if detail and detail not in parts[-1]:
             parts.append(detail)
         cause = cause.__cause__
-    return ": ".join(parts) + (f" ({one_line(exc.hint)})" if exc.hint else "")
+    return ": ".join(parts)
 
 
 def guard(prog: str, main: Callable[[], int], *, admin: bool = False, json: bool = False) -> int:

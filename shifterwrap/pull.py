@@ -146,6 +146,7 @@ def run(job: Job, config: Config, emit: Emit) -> Key:
             return known
         with _stage("resolve", emit):
             resolved = source.resolve(job.platform)
+            _warn_of_platform(resolved, job, emit)
         key = _converted_once(job, config, source, settings, resolved, emit)
     except OSError as exc:
         raise store.explain(exc, job.root) from exc
@@ -153,6 +154,13 @@ def run(job: Job, config: Config, emit: Emit) -> Key:
         source.close()
     _remember(job, key.digest, resolved.source_digest)
     return key
+
+
+def _warn_of_platform(resolved: Resolved, job: Job, emit: Emit) -> None:
+    """A tag without an index is what it is; its config may even be wrong about it, so this is no error."""
+    said = resolved.config.architecture
+    if said and said != job.platform.architecture:
+        emit(Event("warn", f"{job.reference} says that it is for {said}, not for {job.platform.architecture}"))
 
 
 def _unchanged(job: Job, config: Config, source: DockerSource) -> Optional[Key]:

@@ -12,6 +12,7 @@ twice and committed once.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,10 +22,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Optional, TypeVar
 
 from . import linux
-from .errors import CacheError, Error, Interrupted, WaitTimeout, from_record
+from .errors import CacheError, CacheFull, Error, Interrupted, WaitTimeout, from_record
 
 MAX_DEAD_PRODUCERS = 3  # what kills three producers in a row, such as a memory limit, kills the next one too
-_RECORD_BYTES = 8192
+_RECORD_BYTES = 20 << 10  # an error holds two texts of errors.one_line, 2000 characters each, up to 4 bytes wide
+_NUMBERS = ("pid", "time", "deaths", "expires")
 _POLL_SECONDS = (0.01, 0.2)  # grows with the time waited
 # How long a newcomer believes a failure (seconds); what is not named here is tried again at once.
 FAILURE_EXPIRY_SECONDS = {
@@ -97,22 +99,32 @@ def _after_deaths(flight: Flight, record: dict[str, Any], since: float) -> Fligh
 
 
 def take(path: str) -> Optional[Flight]:
-    """The lock, when it is free."""
+    """The lock, when it is free. Room for the record is taken with it, so that why a pull ended can always be told."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        raise CacheError(f"lock {path} cannot be opened: {exc.strerror}", "run: shifterwrap doctor") from exc
-    if linux.ofd_lock(fd, fcntl.F_WRLCK):
-        return Flight(path, fd)
+        raise _unusable(path, exc) from exc
+    try:
+        if linux.ofd_lock(fd, fcntl.F_WRLCK):
+            os.posix_fallocate(fd, 0, _RECORD_BYTES)
+            return Flight(path, fd)
+    except OSError as exc:
+        os.close(fd)
+        raise _unusable(path, exc) from exc
     os.close(fd)
     return None
 
 
+def _unusable(path: str, exc: OSError) -> CacheError:
+    kind = CacheFull if exc.errno in (errno.ENOSPC, errno.EDQUOT) else CacheError
+    return kind(f"lock {path} cannot be opened: {exc.strerror}")
+
+
 def tell(flight: Flight, state: str, **record: Any) -> None:
-    """Leave the producer's record; a full disk costs the waiters their progress, nothing else."""
+    """Leave the producer's record; where that fails it costs the waiters their progress, nothing else."""
     whole = {"state": state, "pid": os.getpid(), "time": time.time(), "deaths": flight.deaths, **record}
     try:
-        os.pwrite(flight.fd, json.dumps(whole).encode()[:_RECORD_BYTES].ljust(_RECORD_BYTES), 0)
+        os.pwrite(flight.fd, json.dumps(whole, ensure_ascii=False).encode().ljust(_RECORD_BYTES), 0)
     except OSError:
         pass
 
@@ -130,7 +142,9 @@ def read(path: str) -> dict[str, Any]:
             record = json.loads(stream.read(_RECORD_BYTES) or b"{}")
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name, 0), (int, float)) for name in _NUMBERS):
+        return {}
+    return record
 
 
 def _wait(path: str, waiter: Waiter) -> None:

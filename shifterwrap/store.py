@@ -27,6 +27,7 @@ from .cache import Entry, Key, Lease, Ref
 from .errors import CacheError, CacheFull, EntryBusy, Error
 
 _DIRECTORIES = ("entries", "refs", "pins", "locks", "stage")
+_REMOVER_POLLS = 50
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of shifterwrap; see https://bford.info/cachedir/\n"
 
 
@@ -185,7 +186,8 @@ def commit(root: str, made: Stage, key: Key, record: dict[str, Any], image: dict
 
     The one commit point of the whole project is the rename in here. The caller wrote and verified the image in
     ``made.path``; this checks its size once more, makes everything durable, renames. An entry that is there already
-    stays, ours is dropped (publishing never overwrites), and the lease is on the one that is there.
+    stays, ours is dropped (publishing never overwrites), and the lease is on the one that is there. Only one that is
+    damaged, so that no lease on it can be had, goes first.
     """
     target = os.path.join(root, "entries", str(key))
     staged = Entry(str(key), made.path, key.kind, record)
@@ -199,10 +201,15 @@ def commit(root: str, made: Stage, key: Key, record: dict[str, Any], image: dict
         write_json(os.path.join(made.path, "image.json"), image, durable=True)
         write_json(os.path.join(made.path, "entry.json"), record, durable=True)
         _fsync(made.path)
-        try:
-            linux.rename_noreplace(made.path, target)  # before: garbage that any run may reap; after: complete
-        except FileExistsError:
-            return _existing_entry(root, made, key)
+        while True:
+            try:
+                linux.rename_noreplace(made.path, target)  # before: garbage that any run may reap; after: complete
+                break
+            except FileExistsError:
+                found = cache.lease(root, key)
+            if found is not None:
+                return found
+            _make_way(root, str(key))
         _fsync(os.path.join(root, "entries"))
     linux.ofd_lock(made.lock_fd, fcntl.F_RDLCK)  # a conversion: the lock is never let go in between
     return Lease(Entry(str(key), target, key.kind, record), made.lock_fd)
@@ -215,11 +222,15 @@ def _keep_only(path: str, names: set[str]) -> None:
             shutil.rmtree(item.path) if item.is_dir(follow_symlinks=False) else os.unlink(item.path)
 
 
-def _existing_entry(root: str, made: Stage, key: Key) -> Lease:
-    found = cache.lease(root, key)
-    if found is None:
-        raise CacheError(f"entry {key} is damaged", f"remove it with: shifterwrap rm {key}")
-    return found
+def _make_way(root: str, name: str) -> None:
+    """Take a damaged entry away. Its pin stays, for the entry that comes in its place."""
+    for _ in range(_REMOVER_POLLS):
+        try:
+            _take_away(root, name)
+            return
+        except EntryBusy:
+            time.sleep(0.01)  # by somebody who removes it, or by a job that leased it before it was damaged
+    raise EntryBusy(f"entry {name} is damaged and in use", "end the jobs that use it, then run again")
 
 
 def _fsync(path: str) -> None:
@@ -238,7 +249,14 @@ def put_ref(root: str, path: str, ref: Ref) -> None:
 
 
 def remove(root: str, name: str) -> int:
-    """Remove an entry and its pin; the bytes that became free. EntryBusy when it is leased.
+    """Remove an entry and its pin; the bytes that became free. EntryBusy when it is leased."""
+    size = _take_away(root, name)
+    _unlink(os.path.join(root, "pins", name))
+    return size
+
+
+def _take_away(root: str, name: str) -> int:
+    """Remove an entry.
 
     The entry leaves its key by a rename into ``stage/`` while its write lock is held: whoever looks sees all of it or
     nothing, and if this process dies the next reap() finishes the work.
@@ -255,7 +273,6 @@ def remove(root: str, name: str) -> int:
             size = entry.bytes if entry else 0
             doomed = os.path.join(root, "stage", uuid.uuid4().hex)
             os.rename(path, doomed)
-            _unlink(os.path.join(root, "pins", name))
             discard(Stage(doomed, fd))
         finally:
             os.close(fd)
@@ -277,19 +294,34 @@ def reap(root: str) -> int:
     count = 0
     base = os.path.join(root, "stage")
     for name in _names(base):
-        path = os.path.join(base, name)
-        fd = _write_lock(os.path.join(path, "lock"))
-        if fd is None:
-            continue
         try:
-            discard(Stage(path, fd))
-            count += 1
-        finally:
-            os.close(fd)
-    for name in _names(root):
-        if name.startswith(".new-") and time.time() - os.lstat(os.path.join(root, name)).st_mtime > 3600:
-            _unlink(os.path.join(root, name))
+            count += _reap_one(os.path.join(base, name))
+        except OSError:
+            continue  # a full disk, or nothing of ours: it stays where it harms nobody
+    for directory in (root, os.path.join(root, "pins"), *(base for base, _, _ in os.walk(os.path.join(root, "refs")))):
+        for name in _names(directory):
+            if name.startswith(".new-"):
+                _unlink_old(os.path.join(directory, name))
     return count
+
+
+def _reap_one(path: str) -> bool:
+    fd = _write_lock(os.path.join(path, "lock"))
+    if fd is None:
+        return False
+    try:
+        discard(Stage(path, fd))
+    finally:
+        os.close(fd)
+    return not os.path.lexists(path)
+
+
+def _unlink_old(path: str) -> None:
+    try:
+        if time.time() - os.lstat(path).st_mtime > 3600:
+            os.unlink(path)
+    except OSError:
+        pass
 
 
 def _names(path: str) -> list[str]:

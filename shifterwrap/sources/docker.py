@@ -40,7 +40,6 @@ from ..errors import (
     RateLimited,
     RegistryError,
     Unreachable,
-    one_line,
 )
 from ..fetch import Transient
 from . import Resolved
@@ -341,10 +340,10 @@ class DockerSource:
         raise RegistryError(answer, _MISCONFIGURED)
 
     def _said(self, response: requests.Response) -> tuple[str, str]:
-        """The code of a registry's error answer, and its text for a message (distribution-spec, "Error Codes")."""
+        """The code of a registry's error answer, and its text in parentheses (distribution-spec, "Error Codes")."""
         try:
             first = json.loads(self._http.read(response, MAX_TOKEN_BYTES, ""))["errors"][0]
-            return str(first["code"]), f" ({one_line(first['message'])[:200]})"
+            return str(first["code"]), f" ({str(first['message'])[:200]})"
         except (Error, Transient, ValueError, LookupError, TypeError, RecursionError):
             return "", ""
 

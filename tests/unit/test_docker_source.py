@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import pytest
+import urllib3
 
 from shifterwrap import fetch, oci
 from shifterwrap.errors import (
@@ -331,6 +332,7 @@ SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+prettyjws"
         pytest.param(edited(mediaType=fake.OCI_INDEX), ("is called", fake.OCI_INDEX), id="manifest-called-index"),
         pytest.param(edited(schemaVersion=1), ("schema 1",), id="schema-1"),
         pytest.param(raw(b'{"fsLayers": []}', SCHEMA_1), ("schema 1",), id="schema-1-by-type"),
+        pytest.param(raw(b'{"fsLayers": []}'), ("schema 1",), id="schema-1-by-fields"),
         pytest.param(edited(config=fake.descriptor(HELM, b"{}")), ("not a container image but", HELM), id="helm"),
         pytest.param(
             edited(mediaType="application/vnd.oci.artifact.manifest.v1+json"), ("oci.artifact.manifest",), id="artifact"
@@ -681,6 +683,15 @@ def test_a_token_that_expires_in_mid_pull(registry: Registry, source: Open) -> N
     assert registry.count("GET", "^/token") == 2
 
 
+def test_only_the_token_that_expired_is_forgotten(source: Open) -> None:
+    each = source("docker://registry.example/lab/app:1")
+    each._token = "new"
+    each._forget("old")
+    assert each._token == "new"
+    each._forget("new")
+    assert each._token == ""
+
+
 def test_the_challenge_to_an_expired_token_is_not_followed(registry: Registry, source: Open) -> None:
     """nvcr.io names another service there, at which anonymous users cannot get in."""
     registry.require_token()
@@ -892,6 +903,7 @@ def test_a_redirect_loop_ends(registry: Registry, source: Open, time: Time) -> N
         ("http://169.254.169.254/latest/meta-data", "inside"),
         ("http://2852039166/latest", "inside"),
         ("http://[fe80::1]/", "inside"),
+        ("http://[::ffff:169.254.169.254]/", "inside"),
     ],
 )
 def test_redirects_that_are_not_followed(registry: Registry, source: Open, location: str, word: str) -> None:
@@ -1019,7 +1031,8 @@ def test_a_stalled_blob_is_resumed(registry: Registry, source: Open) -> None:
     registry.fault("/blobs/", fake.stalled(1_000_000), times=1)
     assert blob(source(reference, Settings(read_seconds=0.2)), layer) == LAYER
     resumed = int(registry.asked("GET", "/blobs/")[1].headers["range"][len("bytes=") :].partition("-")[0])
-    assert 1_000_000 - fetch.CHUNK_BYTES < resumed <= 1_000_000  # urllib3 1 loses what it has of a piece
+    lost = 0 if hasattr(urllib3.HTTPResponse, "read1") else fetch.CHUNK_BYTES  # what urllib3 1 has of a piece
+    assert 1_000_000 - lost <= resumed <= 1_000_000
 
 
 @pytest.mark.parametrize("fault", [fake.status(500), fake.status(502), fake.status(503), fake.reset()])

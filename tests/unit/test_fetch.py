@@ -217,6 +217,13 @@ def test_crumbs_are_no_progress() -> None:
     assert len(server.starts) == 1 + Settings().retries
 
 
+def test_old_progress_earns_nothing() -> None:
+    server = Server(Script(0, [bytes(2 << 20), BROKEN]), *[BROKEN] * MANY)
+    with pytest.raises(Unreachable, match="broken"):
+        got(server, named(bytes(3 << 20)))
+    assert len(server.starts) == 1 + Settings().retries
+
+
 def test_waits_as_long_as_the_server_asks() -> None:
     time = Time()
     server = Server(Transient(RateLimited("slow down"), 20.0), Script(0, [BLOB]))
