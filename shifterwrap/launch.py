@@ -5,6 +5,7 @@ On a hit nothing is started and nothing is waited for; what a miss does is in le
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # what signal is made of, without its 3 ms
 import grp
 import os
 import pwd
@@ -30,7 +31,17 @@ RUNTIMES = ("embedded", "apptainer", "charliecloud")
 
 def main() -> int:
     """The program: parse, then launch; returns only when the command was not started."""
+    _fill_standard_streams()
     return guard(PROG, lambda: _parsed(request.parse(sys.argv[1:], os.environ)))
+
+
+def _fill_standard_streams() -> None:
+    """Open what the caller has closed of 0, 1 and 2, so that no lease becomes somebody's standard output."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
 
 
 def _parsed(asked: LaunchRequest) -> int:
@@ -48,8 +59,10 @@ def caller_environment() -> dict[str, str]:
     environ = dict(os.environ)
     if environ.get("LC_CTYPE") in ("C.UTF-8", "C.utf8", "UTF-8"):
         with open("/proc/self/environ", "rb") as original:
-            if b"\0LC_CTYPE=" not in b"\0" + original.read():
-                del environ["LC_CTYPE"]
+            given = dict(item.partition(b"=")[::2] for item in original.read().split(b"\0"))
+        del environ["LC_CTYPE"]
+        if b"LC_CTYPE" in given:
+            environ["LC_CTYPE"] = os.fsdecode(given[b"LC_CTYPE"])
     return environ
 
 
@@ -116,6 +129,8 @@ def _image(held: Lease) -> plan.Image:
 def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them, and an ignored signal outlives execve
+        _signal.signal(number, _signal.SIG_DFL)
     if runtime == "embedded":
         embedded.run(made, facts, held.fd)
     command = _command(made, facts, runtime, environ)

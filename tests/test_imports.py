@@ -25,24 +25,27 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "pull sitefile cli",
     # foundations
-    "errors": "",
+    "values": "",
+    "errors": "values",
     "linux": "",
     "events": "",
-    "oci": "errors",
-    "request": "errors oci",
-    "config": "errors",
+    "oci": "errors values",
+    "request": "errors oci values",
+    "config": "errors values",
     "sitefile": "errors config yaml",
-    "host": "errors linux",
+    "host": "errors linux values",
     "progress": "errors events",
     # the cache
-    "cache": "errors linux oci",
+    "cache": "errors linux oci values",
     "evict": "cache",
     "store": "errors linux cache evict",
     "singleflight": "errors linux",
     # cold stages
     "fetch": "errors events oci",
     "sources": "oci",
-    "sources.docker": "__init__ errors events oci fetch sources requests urllib3",
+    "sources.http": "__init__ errors events oci fetch requests urllib3",
+    "sources.bearer": "errors events oci fetch sources.http requests",
+    "sources.docker": "errors events oci fetch sources sources.bearer sources.http requests",
     "convert": "",
     "convert.tree": "",
     "convert.room": "errors",
@@ -64,12 +67,12 @@ MAY_IMPORT = {
         "errors events convert.accelerators convert.content convert.decompress convert.sqfs_reader convert.tree"
     ),
     # hot stages
-    "lease": "errors cache config oci progress singleflight",
-    "plan": "errors config oci request",
+    "lease": "errors values cache config oci progress singleflight store",
+    "plan": "errors values config oci request",
     "runtimes": "",
-    "runtimes.embedded": "errors host linux plan request",
-    "runtimes.apptainer": "errors host plan request",
-    "runtimes.charliecloud": "errors host plan request",
+    "runtimes.embedded": "errors host linux plan request values",
+    "runtimes.apptainer": "errors host plan request values",
+    "runtimes.charliecloud": "errors host plan request values",
     # composers
     "pull": (
         "__init__ cache config errors events fetch oci progress singleflight sources sources.docker store "
@@ -77,7 +80,7 @@ MAY_IMPORT = {
         "convert.tree_writer filelock"
     ),
     "launch": (
-        "__init__ cache config errors host lease oci plan request "
+        "__init__ cache config errors host lease oci plan request values "
         "runtimes.apptainer runtimes.charliecloud runtimes.embedded"
     ),
     # doors
@@ -88,15 +91,17 @@ MAY_IMPORT = {
     ),
 }
 STAGES = {"fetch", "sources", "convert", "lease", "plan", "runtimes"}
-NOUN_AND_VERB = {("sources.docker", "fetch"), ("runtimes", "plan")}
+NOUN_AND_VERB = {("sources", "fetch"), ("runtimes", "plan")}
 
 # What a launch never loads: each of these costs milliseconds, and 64 ranks start at once.
 HEAVY = {
-    "argparse", "asyncio", "base64", "concurrent", "configparser", "copy", "dataclasses", "email", "fnmatch", "gzip",
-    "hashlib", "heapq", "http", "importlib.metadata", "inspect", "locale", "logging", "multiprocessing", "pathlib",
-    "pickle", "platform", "queue", "random", "selectors", "shutil", "signal", "socket", "ssl", "string", "subprocess",
-    "tempfile", "textwrap", "threading", "traceback", "urllib", "uuid", "zlib",
+    "argparse", "asyncio", "base64", "collections", "concurrent", "configparser", "contextlib", "copy", "dataclasses",
+    "email", "enum", "fnmatch", "functools", "gzip", "hashlib", "heapq", "http", "importlib.metadata", "inspect",
+    "json", "locale", "logging", "multiprocessing", "pathlib", "pickle", "platform", "queue",
+    "random", "re", "selectors", "shlex", "shutil", "signal", "site", "socket", "ssl", "string", "subprocess",
+    "tempfile", "textwrap", "threading", "traceback", "typing", "urllib", "uuid", "weakref", "zlib",
 } | THIRD_PARTY
+DRY_RUN = {"collections", "enum", "functools", "json", "re", "shlex"}  # to print the plan
 COLD = {
     "__main__", "cli", "convert", "doctor", "evict", "events", "fetch", "progress", "pull", "singleflight", "sitefile",
     "sources", "store",
@@ -185,7 +190,7 @@ def test_stages_do_not_import_stages() -> None:
         for name in MODULES
         for other in imports(name)
         if room(name) in STAGES and room(other) in STAGES and room(name) != room(other)
-        and not {(name, other), (room(name), other)} & NOUN_AND_VERB
+        and (room(name), other) not in NOUN_AND_VERB
     }
     assert crossing == set()
 
@@ -208,7 +213,7 @@ def test_the_package_has_no_import_cycle() -> None:
 
 def names_of(heavy: set[str], loaded: set[str]) -> set[str]:
     """Which of ``heavy`` were loaded; a package's submodule counts as the package."""
-    return {name for name in loaded if name in heavy or name.split(".")[0] in heavy}
+    return {name for name in heavy if any(f"{other}.".startswith(f"{name}.") for other in loaded)}
 
 
 def cold_part(loaded: set[str]) -> set[str]:
@@ -253,5 +258,5 @@ def test_a_warm_launch_loads_nothing_heavy(registry: StockedRegistry, tester: Pe
     loaded = set(done.stdout.splitlines()[-1].split())
     assert (done.returncode, done.stderr) == (0, "")
     assert "shifterwrap.launch" in loaded
-    assert names_of(HEAVY, loaded) == set()
+    assert names_of(HEAVY, loaded) <= (DRY_RUN if options else set())
     assert cold_part(loaded) == set()

@@ -8,6 +8,7 @@ set -eu
 
 image=${1:-docker://docker.io/library/debian:12}
 [ $# -eq 0 ] || shift
+# shellcheck disable=SC2016 # each task expands it
 [ $# -gt 0 ] || set -- sh -c 'echo "task $SLURM_PROCID on $SLURMD_NODENAME: $(head -n 1 /etc/os-release)"'
 
 # First one task of each node, so that the pull shows in a step of its own and has all of the node's cores.

@@ -15,7 +15,9 @@ from . import accelerators
 PIECE_BYTES = 1 << 20
 MAX_WINDOW_LOG = 27  # what zstd's own command line accepts without --long=31: 128 MiB of window
 
+_FED_BYTES = 128 << 10  # to a decompressor at a time; what it leaves at a member's end is copied
 _GZIP_MAGIC = b"\x1f\x8b"
+_PLAIN_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # a gzip member's without optional fields
 _ZSTD_MAGIC = 0xFD2FB528
 _SKIPPABLE_MAGIC = 0x184D2A50  # RFC 8878 3.1.2: sixteen of them, the last four bits are free
 _FOREIGN = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
@@ -64,18 +66,16 @@ class _Source:
     def some(self) -> bytes:
         """Whatever comes next, at least one byte; b"" at the end."""
         self.peek(1)
-        taken = self._buffer[self._at :]
-        self._buffer, self._at = b"", 0
+        taken = self._buffer[self._at : self._at + _FED_BYTES]
+        self._at += len(taken)
         return taken
 
-    def give_back(self, data: bytes) -> None:
-        self._buffer, self._at = data + self._buffer[self._at :], 0
+    def unread(self, count: int) -> None:
+        """Put back the end of what some() gave last."""
+        self._at -= count
 
     def rest(self) -> Iterator[bytes]:
-        while True:
-            piece = self.take(PIECE_BYTES) if len(self._buffer) - self._at > PIECE_BYTES else self.some()
-            if not piece:
-                return
+        while piece := self.some():
             yield piece
 
 
@@ -88,6 +88,7 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
     inflate = _inflate_zlib if isal is None else _inflate_isal
     fault: type[Exception] = zlib.error if isal is None else isal.IsalError
     while True:
+        _skip_member_header(source)
         try:
             yield from inflate(source)
         except fault as exc:
@@ -97,14 +98,31 @@ def _gunzip(source: _Source) -> Iterator[bytes]:
             following = source.some()
         if not following:
             return
-        source.give_back(following.lstrip(b"\0"))
+        source.unread(len(following.lstrip(b"\0")))
         if source.peek(2) != _GZIP_MAGIC:
             raise ConvertError("a layer has data after its gzip data")
+
+
+def _skip_member_header(source: _Source) -> None:
+    """Pass over a member's header with its optional fields; isal loses its way in one that comes in two parts."""
+    fixed = _exactly(source, 10, "gzip")
+    flags = fixed[3]
+    if fixed[2] != 8 or flags & 0xE0:
+        raise ConvertError("a layer's gzip data is damaged: unknown method or flags")
+    if flags & 4:  # FEXTRA
+        _exactly(source, int.from_bytes(_exactly(source, 2, "gzip"), "little"), "gzip")
+    for flag in (8, 16):  # FNAME, FCOMMENT
+        left = PIECE_BYTES if flags & flag else 0
+        while left and _exactly(source, 1, "gzip") != b"\0":
+            left -= 1
+    if flags & 2:  # FHCRC
+        _exactly(source, 2, "gzip")
 
 
 def _inflate_isal(source: _Source) -> Iterator[bytes]:
     isal = accelerators.igzip_lib
     member = isal.IgzipDecompressor(flag=isal.DECOMP_GZIP)
+    member.decompress(_PLAIN_HEADER)
     while not member.eof:
         data = b""
         if member.needs_input:
@@ -114,11 +132,12 @@ def _inflate_isal(source: _Source) -> Iterator[bytes]:
         piece = member.decompress(data, PIECE_BYTES)
         if piece:
             yield piece
-    source.give_back(member.unused_data)
+    source.unread(len(member.unused_data))
 
 
 def _inflate_zlib(source: _Source) -> Iterator[bytes]:
     member = zlib.decompressobj(31)  # 16: gzip, 15: the largest window
+    member.decompress(_PLAIN_HEADER)
     while not member.eof:
         data = member.unconsumed_tail or source.some()
         piece = member.decompress(data, PIECE_BYTES)
@@ -126,7 +145,7 @@ def _inflate_zlib(source: _Source) -> Iterator[bytes]:
             yield piece
         elif not data and not member.eof:
             raise ConvertError("a layer's gzip data is truncated")
-    source.give_back(member.unused_data)
+    source.unread(len(member.unused_data))
 
 
 # ---- zstd
@@ -177,10 +196,10 @@ def _frame(source: _Source, decompress: Callable[[bytes], bytes]) -> Iterator[by
                 yield piece
 
 
-def _exactly(source: _Source, count: int) -> bytes:
+def _exactly(source: _Source, count: int, format: str = "zstd") -> bytes:
     data = source.take(count)
     if len(data) < count:
-        raise ConvertError("a layer's zstd data is truncated")
+        raise ConvertError(f"a layer's {format} data is truncated")
     return data
 
 

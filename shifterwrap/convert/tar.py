@@ -386,7 +386,7 @@ def _parse_pax(data: bytes) -> _Pax:
         length = data[at:space] if space > 0 else b""
         end = at + int(length) if length.isdigit() and length.isascii() else 0
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if not (space < end <= len(data) and equals and key and data[end - 1] == 10):
+        if not (at < space < end <= len(data) and equals and key and data[end - 1] == 10):
             raise ConvertError("a layer's tar has a malformed PAX header")
         if key in (b"path", b"linkpath") and b"\0" in value:
             raise ConvertError("a layer's tar names a path with a NUL in it")

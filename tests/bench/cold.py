@@ -10,9 +10,10 @@ import shutil
 
 from tests.bench.processes import Memory
 from tests.bench.report import Line, compared, limited
-from tests.bench.world import World, say
+from tests.bench.world import Timed, World, say
 
 RUNTIMES = ("apptainer", "embedded")
+PEER = "bare apptainer"
 MOST_RATIO = 0.2
 MOST_MEGABYTES = 300.0
 MEGABYTE = 1e6
@@ -21,49 +22,53 @@ MEGABYTE = 1e6
 def run(world: World) -> list[Line]:
     """The lines of this row."""
     world.image("sci")
-    ours: dict[str, list[float]] = {runtime: [] for runtime in RUNTIMES}
-    theirs: list[float] = []
-    peer_rss = 0
+    taken: dict[str, list[Timed]] = {name: [] for name in (*RUNTIMES, PEER)}
+    rss = dict.fromkeys(taken, 0)
     for turn in range(1 if world.quick else 3):
-        for runtime in RUNTIMES:
-            ours[runtime].append(_ours(world, runtime))
-        if turn < 2:
+        for name in taken:
+            if name == PEER and turn > 1:
+                continue  # it takes long
             with Memory(world.clock.pid, pss=False) as memory:
-                theirs.append(_theirs(world))
-            peer_rss = max(peer_rss, memory.rss)
-    lines = [compared("cold", f"sci, --runtime {runtime}: pull and first run", ours[runtime], theirs, MOST_RATIO)
-             for runtime in RUNTIMES]  # fmt: skip
-    return [*lines, *_memory(world, peer_rss)]
+                taken[name].append(_theirs(world) if name == PEER else _ours(world, name))
+            rss[name] = max(rss[name], memory.rss)
+    lines = [line for name in RUNTIMES for line in _times(name, taken[name], taken[PEER])]
+    return [*lines, *_memory(world, max(rss[name] for name in RUNTIMES), rss[PEER])]
 
 
-def _ours(world: World, runtime: str) -> float:
-    """Seconds of the first run."""
+def _times(runtime: str, ours: list[Timed], theirs: list[Timed]) -> list[Line]:
+    what = f"sci, --runtime {runtime}: pull and first run"
+    wall = compared("cold", what, [one.wall for one in ours], [one.wall for one in theirs], MOST_RATIO)
+    return [wall, compared("cold", f"{what}, CPU", [one.cpu for one in ours], [one.cpu for one in theirs])]
+
+
+def _ours(world: World, runtime: str) -> Timed:
+    """The first run."""
     say(f"cold: wrapped-run --runtime {runtime} sci")
     cache = world.directory(world.user, "cold")
     os.sync()
     argv = world.wrapped("--runtime", runtime, world.image("sci"), "true")
     taken = world.clock.time(argv, {"SHIFTERWRAP_CACHE_DIR": str(cache)}).checked()
     shutil.rmtree(cache)
-    return taken.wall
+    return taken
 
 
-def _theirs(world: World) -> float:
-    """Seconds of a pull and a first run."""
+def _theirs(world: World) -> Timed:
+    """A pull and a first run."""
     os.sync()
-    pulled = world.pull_sif("sci").wall
+    pulled = world.pull_sif("sci")
     argv = ["/usr/bin/apptainer", "--silent", "exec", str(world.sif("sci")), "true"]
-    return pulled + world.clock.time(argv).checked().wall
+    started = world.clock.time(argv).checked()
+    return Timed(pulled.wall + started.wall, pulled.cpu + started.cpu, [], [])
 
 
-def _memory(world: World, peer_rss: int) -> list[Line]:
-    """Of one more run, which is not timed."""
+def _memory(world: World, rss: int, peer_rss: int) -> list[Line]:
+    """The peaks; the proportional one is of one more run, which is not timed."""
     with Memory(world.clock.pid, pss=True) as memory:
         _ours(world, "embedded")
-    peer = peer_rss / MEGABYTE
-    rss, pss = memory.rss / MEGABYTE, memory.pss / MEGABYTE
+    what = "sci: peak memory of all processes"
     if not memory.pss:  # not ours to read on this machine
-        return [limited("cold", "sci: peak resident memory, all processes", rss, "MB", MOST_MEGABYTES, peer)]
+        return [limited("cold", f"{what} (sum of RSS)", rss / MEGABYTE, "MB", MOST_MEGABYTES, peer_rss / MEGABYTE)]
     return [
-        limited("cold", "sci: peak memory of all processes, shared pages once (PSS)", pss, "MB", MOST_MEGABYTES),
-        limited("cold", "sci: peak memory of all processes, sum of RSS", rss, "MB", None, peer),
+        limited("cold", f"{what}, shared pages once (PSS)", memory.pss / MEGABYTE, "MB", MOST_MEGABYTES),
+        limited("cold", f"{what}, sum of RSS", rss / MEGABYTE, "MB", None, peer_rss / MEGABYTE),
     ]

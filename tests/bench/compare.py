@@ -15,6 +15,11 @@ if __name__ == "__main__":  # run by path: the checkout is not on sys.path yet, 
 from tests.bench import cold, herd, kills, memory, report, warm
 from tests.bench.world import World, say, world
 
+ABOUT = """Measure shifterwrap beside apptainer and ch-run, each ratio in turns within this run. herd: 64 processes on
+a cold cache. cold: pull and first run of a large image, and its memory. warm: starts of a cached image, and their CPU.
+memory: a cold pull in 512 MiB. kills: 200 times kill -9 in a pull. A missed ratio is told; only what was wrong (herd,
+memory, kills, or a row that could not be measured) makes the exit code 1."""
+
 ROWS: dict[str, Callable[[World], list[report.Line]]] = {
     "herd": herd.run,
     "cold": cold.run,
@@ -50,7 +55,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="compare.sh", description=__doc__)
+    parser = argparse.ArgumentParser(prog="compare.sh", description=ABOUT)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: minutes, and rough figures")
     parser.add_argument("--json", metavar="FILE", help="write every figure there")
     parser.add_argument("row", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all of them by default")

@@ -6,9 +6,11 @@ and what it started) while two launchers wait for it, which must both succeed th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -23,8 +25,25 @@ from tests.bench.report import Line, noted, required
 from tests.bench.world import SEED, World, say
 
 KILLS = 100  # of each way
+SHARE_OF_WORKER = 0.8  # of a launch's time, at most; a kill that comes too late is no kill, and is tried again
 WAIT_SECONDS = 120.0
 WHOLE = {"image.sqsh", "manifest.json", "config.json", "image.json", "entry.json", "lock"}
+
+
+class Moment(NamedTuple):
+    """When to kill: at a random time after the pull has reached one of `stages`, or after its start."""
+
+    stages: tuple[str, ...]
+    spread: float  # seconds; 0 is the whole pull
+
+
+# Most of a pull's time is start and fetch. Where a mistake would do harm are the later stages, so they get their share.
+MOMENTS = (
+    Moment((), 0),
+    Moment((), 0),
+    Moment(("convert", "commit", "committed"), 0.2),
+    Moment(("commit", "committed"), 0.03),
+)
 
 
 class Kill(NamedTuple):
@@ -92,10 +111,10 @@ class Kills:
     def _kill_group(self, seconds: float) -> Kill:
         with tempfile.TemporaryFile("w+") as said:
             launcher = self._launch(said)
-            time.sleep(self.random.uniform(0, seconds))
+            self._wait(seconds, lambda: launcher.poll() is None)
             running = launcher.poll() is None
             if running:
-                os.killpg(launcher.pid, 9)
+                os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
         faults = [] if processes.wait_for_group(launcher.pid) else ["a process of the group is left"]
         hit = self._stage() if running else ""
@@ -107,8 +126,7 @@ class Kills:
     def _kill_producer(self, seconds: float) -> Kill:
         with tempfile.TemporaryFile("w+") as said:
             launchers = [self._launch(said), self._launch(said)]
-            hit = self._kill_worker([launcher.pid for launcher in launchers], seconds)
-            faults = self._faults(mid=None) if hit else []
+            hit, faults = self._kill_worker([launcher.pid for launcher in launchers], seconds)
             codes = [_ended(launcher) for launcher in launchers]
             said.seek(0)
             faults += [f"a waiting launcher failed: {codes} {said.read()[-400:]}"] if any(codes) else []
@@ -119,26 +137,39 @@ class Kills:
             self.argv, env=self.env, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
         )
 
-    def _kill_worker(self, launchers: list[int], seconds: float) -> str:
-        """Kill the worker and its children at some point of its life; how far it was, nothing when it was too late."""
+    def _kill_worker(self, launchers: list[int], seconds: float) -> tuple[str, list[str]]:
+        """Kill the worker and its children at some point of its life: how far it was, and what was wrong then.
+
+        The launchers, each a process group, stand still meanwhile, so that what is looked at is what the kill left.
+        """
         worker = _worker_of(launchers)
-        time.sleep(self.random.uniform(0, seconds))
-        if not worker or not processes.alive(worker):
-            return ""
-        doomed = [worker, *processes.descendants(worker)]
-        hit = self._stage()
-        for pid in doomed:
-            processes.kill(pid)
-        return hit
+        self._wait(seconds * SHARE_OF_WORKER, lambda: processes.alive(worker))
+        _signal(launchers, signal.SIGSTOP)
+        try:
+            if not processes.alive(worker):
+                return "", []
+            hit = self._stage()
+            for pid in [worker, *processes.descendants(worker)]:
+                processes.kill(pid)
+            return hit, self._faults(mid=None)
+        finally:
+            _signal(launchers, signal.SIGCONT)
+
+    def _wait(self, seconds: float, running: Callable[[], bool]) -> None:
+        """Wait for a random moment of a pull that takes `seconds`."""
+        moment = self.random.choice(MOMENTS)
+        while moment.stages and running() and self._stage() not in moment.stages:
+            time.sleep(0.001)
+        time.sleep(self.random.uniform(0, moment.spread or seconds))
 
     def _stage(self) -> str:
         """How far the pull is, told by the files it has made."""
         if self._entries() - self.keeper:
             return "committed"
-        staged = list((self.cache / "stage").glob("*"))
-        if not staged:
-            return "before"
-        return "convert" if any((place / "image.sqsh").exists() for place in staged) else "fetch"
+        staged = [name for place in (self.cache / "stage").iterdir() for name in _names(place)]
+        if "image.sqsh" in staged:
+            return "convert" if "blobs" in staged else "commit"
+        return "fetch" if staged else "before"
 
     def _entries(self) -> set[str]:
         return set(os.listdir(self.cache / "entries"))
@@ -193,8 +224,21 @@ class Kills:
         return required("kills", what, found, "0", left=left, faults=faults)
 
 
+def _signal(groups: list[int], number: int) -> None:
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:  # renamed or removed meanwhile
+        return []
+
+
 def _worker_of(launchers: list[int]) -> int:
-    """The pull-worker, once one of the launchers has started it; 0 when all of them ended before."""
+    """The pull-worker, once one of the launchers has started it; 0, which is no process, when they ended before."""
     while any(map(processes.alive, launchers)):
         for launcher in launchers:
             for pid in processes.descendants(launcher):
@@ -208,7 +252,7 @@ def _ended(launcher: subprocess.Popen[str]) -> int:
     try:
         return launcher.wait(WAIT_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, 9)
+        os.killpg(launcher.pid, signal.SIGKILL)
         return launcher.wait()
 
 

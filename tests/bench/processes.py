@@ -38,7 +38,7 @@ def status(pid: int) -> Status | None:
 
 def alive(pid: int) -> bool:
     """Whether the process runs; a zombie does not."""
-    found = status(pid)
+    found = status(pid) if pid else None
     return found is not None and found.state not in "ZX"
 
 

@@ -68,7 +68,8 @@ class Stopwatch:
         return Timed(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        """End the small process."""
+        """End the small process, in the middle of something if need be."""
+        self._process.kill()
         self._process.communicate()
 
 
@@ -118,7 +119,7 @@ class World:
         return self._images[name]
 
     def _push_mid(self) -> str:
-        """Busybox and four layers of 10 MB: large enough to be killed while it is pulled."""
+        """Busybox and four layers of some 12 MB: large enough to be killed while it is pulled."""
         layout = self.scratch / "mid"
         source = random.Random(SEED)
         layers = [busybox_layer(), *(Layer(tar(_filling(source, number))) for number in range(4))]
@@ -174,11 +175,11 @@ class World:
 
 
 def _filling(source: random.Random, number: int) -> list[Member]:
-    """Files of all sizes, half of each noise; the lower half of every layer hides files of the one below."""
+    """Files of all sizes in digits, which compress by half; some hide those of the layer below."""
     members: list[Member] = [directory("data"), directory(f"data/{number}")]
-    for index in range(250):
+    for index in range(500):
         size = source.choice((300, 3_000, 30_000, 150_000))
-        members.append(file(f"data/{number}/{index}", source.randbytes(size // 2) + b"text " * (size // 10)))
+        members.append(file(f"data/{number}/{index}", source.randbytes(size // 2).hex().encode()))
     return [*members, *(file(f"data/{index}", source.randbytes(20_000)) for index in range(50))]
 
 
@@ -218,25 +219,26 @@ def install(scratch: Path) -> None:
 
 def clean(scratch: Path) -> list[str]:
     """End, unmount, detach and delete whatever is in `scratch`; say what should not have been there any more."""
-    found = [_ended(pid) for pid in list(processes.mentioning(scratch)) if _outlives(pid)]
+    found = _stray_processes(scratch)
     found += [_unmounted(point) for point in _mounts_in(scratch)]
     found += [_detached(loop) for loop in _loops_in(scratch)]
     shutil.rmtree(scratch, onerror=_open_and_retry)
     return found
 
 
-def _outlives(pid: int) -> bool:
-    """Whether a process is still there after a moment, in which FUSE servers end."""
+def _stray_processes(scratch: Path) -> list[str]:
+    """Kill what is still there after a moment, in which FUSE servers end, and what it starts meanwhile."""
     deadline = time.monotonic() + 3
-    while processes.alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return processes.alive(pid)
-
-
-def _ended(pid: int) -> str:
-    command = processes.command_line(pid).replace(b"\0", b" ").decode(errors="replace").strip()
-    processes.kill(pid)
-    return f"process {pid}: {command[:120]}"
+    while any(processes.mentioning(scratch)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found: dict[int, str] = {}
+    while strays := list(processes.mentioning(scratch)):
+        for pid in strays:
+            command = processes.command_line(pid).replace(b"\0", b" ").decode(errors="replace")
+            found[pid] = f"process {pid}: {command[:120].strip()}"
+            processes.kill(pid)
+        time.sleep(0.05)
+    return list(found.values())
 
 
 def _mounts_in(scratch: Path) -> list[str]:

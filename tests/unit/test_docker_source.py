@@ -1,4 +1,4 @@
-"""sources/docker.py against the fake registry, which misbehaves in every way we know of, and against a real one."""
+"""The docker source against the fake registry, which misbehaves in every way we know of, and against a real one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from shifterwrap.errors import (
 )
 from shifterwrap.fetch import Settings
 from shifterwrap.sources import Resolved
-from shifterwrap.sources.docker import DockerSource, parse_challenges
+from shifterwrap.sources.bearer import parse_challenges
+from shifterwrap.sources.docker import DockerSource
 from tests.fakes import registry as fake
 from tests.fakes.registry import Image, Registry, Reply, image, index
 from tests.testbed.ocilayout import Image as LayoutImage
@@ -684,7 +685,7 @@ def test_a_token_that_expires_in_mid_pull(registry: Registry, source: Open) -> N
 
 
 def test_only_the_token_that_expired_is_forgotten(source: Open) -> None:
-    each = source("docker://registry.example/lab/app:1")
+    each = source("docker://registry.example/lab/app:1")._bearer
     each._token = "new"
     each._forget("old")
     assert each._token == "new"
@@ -782,7 +783,7 @@ def test_token_services_that_fail(
 )
 def test_token_services_that_are_not_asked(source: Open, realm: str, words: Sequence[str]) -> None:
     each = source("docker://registry.example/lab/app:1")
-    error = refused(lambda: each._fetch_token({"realm": realm}), RegistryError, "registry.example", *words)
+    error = refused(lambda: each._bearer._fetch_token({"realm": realm}), RegistryError, "registry.example", *words)
     assert "secret" not in describe(error)
 
 
@@ -798,7 +799,7 @@ def test_token_services_that_are_not_asked(source: Open, realm: str, words: Sequ
     ],
 )
 def test_token_services_that_are_asked(source: Open, reference: str, realm: str) -> None:
-    assert source(reference)._checked_realm(realm) == realm
+    assert source(reference)._bearer._checked_realm(realm) == realm
 
 
 # ---- parse_challenges
@@ -823,7 +824,7 @@ def test_token_services_that_are_asked(source: Open, reference: str, realm: str)
         ('Bearer realm="never closed', [("bearer", {"realm": ""}), ("closed", {})]),
         ("realm=a", []),
     ],
-)  # fmt: skip
+)
 def test_parse_challenges(header: str, expected: list[tuple[str, dict[str, str]]]) -> None:
     assert parse_challenges(header)[: len(expected) or None] == expected or header.endswith("closed")
 
@@ -846,7 +847,7 @@ def test_blobs_from_elsewhere_and_the_token_stays_here(
     registry.fault("/blobs/", fake.redirect(f"http://{elsewhere.address}{{path}}?X-Amz-Signature=s", code))
     elsewhere.fault("/blobs/", fake.truncated(1 << 20), times=2)
     each = source(reference)
-    each._token = registry.token
+    each._bearer._token = registry.token
     assert blob(each, layer) == LAYER
     assert [r.headers.get("range") for r in elsewhere.requests] == [
         None,
@@ -1127,7 +1128,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-keyout", key, "-out", certificate, "-subj", "/CN=registry.test",
          "-addext", "subjectAltName=DNS:registry.test,DNS:storage.test"],
-        check=True, capture_output=True)  # fmt: skip
+        check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return Tls(context, certificate)

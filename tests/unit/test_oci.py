@@ -348,7 +348,7 @@ def test_bad_descriptors(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"<html>", b"\xff", b"{} {}", b"[" * 200_000, b'{"size": ' + b"9" * 100_000, b'{"a": NaN'],
-)  # fmt: skip
+)
 def test_what_is_not_json(body: bytes) -> None:
     with pytest.raises(RegistryError) as info:
         oci.parse_json(body, "the manifest")

@@ -166,7 +166,8 @@ def test_F28_two_sizes_that_disagree_are_refused(ustar: int, said: bytes) -> Non
 
 
 @pytest.mark.parametrize("body", [
-    b"5 path\n", b"99 path=x\n", b"10 path=xy", b"path=x\n", b"-3 a=b\n", b"6 =abc\n", b"0 a=b\n", b"7 a=b\n\n", b"1 a=b\n",
+    b"5 path\n", b"99 path=x\n", b"10 path=xy", b"path=x\n", b"-3 a=b\n", b"6 =abc\n", b"0 a=b\n", b"1 a=b\n",
+    b"6 a=b\npath=x\n",
 ])  # fmt: skip
 def test_F28_malformed_pax_headers(body: bytes) -> None:
     with pytest.raises(ConvertError, match="malformed PAX"):
