@@ -7,7 +7,8 @@
       entries/KEY/                 committed and immutable; KEY names digest, platform, format, owner policy, kind
         image.sqsh | tree/         what is mounted
         entry.json                 sizes and checksums, for list, verify and the check at each hit
-        image.json                 the OCI config and where the image came from
+        image.json                 what the launcher needs of the config: environment, command, mount points
+        manifest.json config.json  as the registry sent them, byte for byte
         lock                       OFD read lock = lease (in use), write lock = being removed
       refs/REGISTRY/REPOSITORY/…   :TAG or @DIGEST and platform -> digest, replaced atomically
       pins/KEY                     exists = never evicted

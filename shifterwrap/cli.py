@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 from . import __version__, cache, config, doctor, evict, host, lease, oci, progress, store
 from .cache import Entry
 from .config import Config
-from .errors import BadReference, ConfigError, EntryBusy, Error, NotCached, UsageError, guard
+from .errors import BadReference, CacheError, ConfigError, EntryBusy, Error, NotCached, UsageError, describe, guard
 
 PROG = "shifterwrap"
 
@@ -35,7 +35,13 @@ def main() -> int:
 def _dispatch(args: argparse.Namespace) -> int:
     if args.name == "config":  # explains a configuration that cannot be loaded
         return _config(Context(args, Config(), ""))
-    settings = config.load(os.environ, os.getuid())
+    try:
+        settings = config.load(os.environ, os.getuid())
+    except ConfigError as exc:
+        if args.name != "doctor":
+            raise
+        print(f"{PROG}: {describe(exc)}", file=sys.stderr)
+        settings = Config()
     root = cache.locate(os.environ, os.getuid(), settings.local_scratch)
     context = Context(args, settings, root)
     if args.needs_cache and not cache.check(root, os.getuid()) and args.needs_cache == "existing":
@@ -199,13 +205,15 @@ def _fault(entry: Entry) -> str:
 def _rm(context: Context) -> int:
     entries = list(cache.entries(context.root)) if context.args.all else select(context, context.args.image)
     busy: Optional[EntryBusy] = None
+    rows = []
     for entry in entries:
         try:
             freed = store.remove(context.root, entry.name)
         except EntryBusy as exc:
             busy = exc
             continue
-        print(f"removed {entry.record.get('reference') or entry.name} ({progress.size(freed)})")
+        rows.append({"name": entry.name, "reference": entry.record.get("reference", ""), "bytes": freed})
+    _print(context, rows, lambda row: f"removed {row['reference'] or row['name']} ({progress.size(row['bytes'])})")
     _forget(context)
     if busy is not None:
         raise busy
@@ -219,16 +227,21 @@ def _forget(context: Context) -> None:
 
 
 def _pin(context: Context) -> int:
+    rows = []
     for entry in select(context, context.args.image):
         store.pin(context.root, entry.name)
-        print(f"pinned {entry.record.get('reference') or entry.name}")
+        rows.append({"name": entry.name, "reference": entry.record.get("reference", "")})
+    _print(context, rows, lambda row: f"pinned {row['reference'] or row['name']}")
     return 0
 
 
 def _unpin(context: Context) -> int:
+    rows = []
     for entry in select(context, context.args.image):
         was = store.unpin(context.root, entry.name)
-        print(f"{'unpinned' if was else 'was not pinned:'} {entry.record.get('reference') or entry.name}")
+        rows.append({"name": entry.name, "reference": entry.record.get("reference", ""), "was_pinned": was})
+    _print(context, rows, lambda row: f"{'unpinned' if row['was_pinned'] else 'was not pinned:'} "
+                                      f"{row['reference'] or row['name']}")
     return 0
 
 
@@ -269,7 +282,7 @@ def _gc(context: Context) -> int:
 def _export(context: Context) -> int:
     (entry,) = select(context, [context.args.image])[:1]
     if entry.kind != cache.SQUASHFS:
-        raise UsageError(f"{entry.name} is a directory tree, not a squashfs file",
+        raise CacheError(f"{entry.name} is a directory tree, not a squashfs file",
                          "copy the directory that shifterwrap inspect shows")
     held = cache.lease_name(context.root, entry.name)
     if held is None:
@@ -279,7 +292,8 @@ def _export(context: Context) -> int:
         raise UsageError(f"{target} exists", "name another file, or use --force")
     _copy(held.entry.image, target)
     os.close(held.fd)
-    print(f"wrote {target} ({progress.size(held.entry.bytes)})")
+    _print(context, [{"path": target, "bytes": held.entry.bytes}],
+           lambda row: f"wrote {target} ({progress.size(row['bytes'])})")
     return 0
 
 
@@ -305,7 +319,7 @@ def _config(context: Context) -> int:
     if context.args.sample:
         print(sitefile.sample(), end="")
         return 0
-    path = os.environ.get("SHIFTERWRAP_CONFIG", "") or config.SITE_FILE
+    path = config.site_file(os.environ)
     unknown: list[str] = []
     rows = sitefile.load(path, unknown.append)
     for text in unknown:
@@ -313,7 +327,8 @@ def _config(context: Context) -> int:
     if context.args.check:
         if unknown:
             raise ConfigError(f"{len(unknown)} unknown settings", "correct or remove them")
-        print(f"{path}: ok" if any(row.source != "default" for row in rows) else "no settings; all defaults")
+        changed = sum(row.source != "default" for row in rows)
+        _print(context, [{"path": path, "settings": changed}], lambda row: f"{path}: ok, {changed} settings changed")
         return 0
     wanted = context.args.key
     if wanted and wanted not in {row.setting.key for row in rows}:
@@ -324,7 +339,7 @@ def _config(context: Context) -> int:
         print(json.dumps(rows_out, indent=1))
         return 0
     for row in shown:
-        print(f"{row.setting.key}: {sitefile.show(row.value)}  # {row.source}")
+        print(f"{row.setting.key}: {sitefile.show(row.setting, row.value)}  # {row.source}")
     return 0
 
 

@@ -54,18 +54,23 @@ class Config(NamedTuple):
 
 def load(environ: Mapping[str, str], uid: int) -> Config:
     """The configuration in force; ConfigError when a file is wrong or SHIFTERWRAP_CONFIG names none."""
-    chosen = environ.get("SHIFTERWRAP_CONFIG", "")
-    path = chosen or SITE_FILE
+    path = site_file(environ)
     sources = fingerprint(path)
     if not any(mark[1] for mark in sources):
-        if chosen:
-            raise ConfigError(f"SHIFTERWRAP_CONFIG names no file: {path}", "unset it, or correct the path")
         return Config()
     for snapshot in (SITE_SNAPSHOT, own_snapshot(environ, uid, path)):
         values = _read_snapshot(snapshot, uid, path, sources)
         if values is not None:
             return from_values(values)
     return from_values(_refresh(path))
+
+
+def site_file(environ: Mapping[str, str]) -> str:
+    """The file that the configuration begins with; ConfigError when SHIFTERWRAP_CONFIG names none."""
+    chosen = environ.get("SHIFTERWRAP_CONFIG", "")
+    if chosen and not os.path.isfile(chosen):
+        raise ConfigError(f"SHIFTERWRAP_CONFIG names no file: {chosen}", "unset it, or correct the path")
+    return chosen or SITE_FILE
 
 
 def fingerprint(path: str) -> list[list[Any]]:

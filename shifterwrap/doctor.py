@@ -77,11 +77,14 @@ def examine(settings: Config, root: str) -> Iterator[Finding]:
     """Every finding, in the order in which they depend on each other."""
     facts = host.probe(settings.tool_path)
     yield _machine()
-    yield _user_namespaces(facts)
-    yield _overlay(facts)
+    namespaces = _user_namespaces(facts)
+    yield namespaces
+    if namespaces.level == "ok":
+        yield _overlay(facts)
     yield from _security_modules()
     yield _fuse(facts)
-    yield from _squashfs_mounts(facts)
+    if namespaces.level == "ok":
+        yield from _squashfs_mounts(facts)
     yield _writer(settings)
     yield from _modules()
     yield from _runtimes(settings)
@@ -168,7 +171,7 @@ def _security_modules() -> Iterator[Finding]:
 
 
 def _fuse(facts: Host) -> Finding:
-    if facts.uid == 0 and facts.loop:
+    if facts.mounts_by_loop:
         return Finding("ok", "mounting images", "root mounts squashfs in the kernel, by a loop device")
     if not facts.squashfuse:
         return Finding("warn", "squashfuse_ll", "not found: images are cached as directory trees",
@@ -192,8 +195,8 @@ def _squashfs_mounts(facts: Host) -> Iterator[Finding]:
         if not reason:
             yield Finding("ok", f"squashfs with {name}", "mounts")
         else:
-            level = "fail" if name == "gzip" else "warn"
-            yield Finding(level, f"squashfs with {name}", reason, "choose another compressor in the configuration")
+            hint = f"convert with another compressor than {name}: see compressor in the configuration"
+            yield Finding("warn", f"squashfs with {name}", reason, hint)
 
 
 def _look_inside(path: str, facts: Host) -> None:

@@ -140,7 +140,7 @@ class EntryBusy(CacheError):
 class WaitTimeout(CacheError):
     """Another process was still pulling this image when the deadline passed."""
 
-    default_hint = "raise pull_deadline in the configuration, or look at the process that pulls"
+    default_hint = "raise pull_deadline_seconds in the configuration, or look at the process that pulls"
 
 
 class RuntimeUnavailable(Error):

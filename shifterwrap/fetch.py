@@ -196,5 +196,5 @@ def _wrong_size(subject: str, got: str, size: int) -> DigestMismatch:
 
 def too_late(what: str, progress: str = "") -> Unreachable:
     """The error for a pull that ``Settings.deadline`` ends."""
-    hint = "the registry or the network is slow; raise pull_deadline in the configuration"
+    hint = "the registry or the network is slow; raise pull_deadline_seconds in the configuration"
     return Unreachable(f"{what}: the deadline of the pull passed{progress}", hint)

@@ -30,7 +30,12 @@ class Host(NamedTuple):
 
         squashfs never mounts in a user namespace, on no kernel so far (fs/squashfs/super.c lacks FS_USERNS_MOUNT).
         """
-        return (self.uid == 0 and self.loop) or bool(self.squashfuse and self.fuse)
+        return self.mounts_by_loop or bool(self.squashfuse and self.fuse)
+
+    @property
+    def mounts_by_loop(self) -> bool:
+        """Whether the kernel's squashfs is mounted, by a loop device; only root can, and only where there are some."""
+        return self.uid == 0 and self.loop
 
 
 def probe(tool_path: str, proc: str = "/proc", dev: str = "/dev") -> Host:

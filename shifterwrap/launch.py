@@ -32,7 +32,7 @@ RUNTIMES = ("embedded", "apptainer", "charliecloud")
 def main() -> int:
     """The program: parse, then launch; returns only when the command was not started."""
     _fill_standard_streams()
-    return guard(PROG, lambda: _parsed(request.parse(sys.argv[1:], os.environ)))
+    return guard(PROG, lambda: _parsed(request.parse(sys.argv[1:], os.environ)), json="--json" in sys.argv)
 
 
 def _fill_standard_streams() -> None:
@@ -133,6 +133,7 @@ def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Map
         _signal.signal(number, _signal.SIG_DFL)
     if runtime == "embedded":
         embedded.run(made, facts, held.fd)
+    _check_sources(made)
     command = _command(made, facts, runtime, environ)
     for note in command.notes:
         print(f"{PROG}: warning: {note}", file=sys.stderr, flush=True)
@@ -141,6 +142,13 @@ def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Map
         os.execve(command.program, command.argv, command.env)
     except OSError as exc:
         raise RuntimeUnavailable(f"{command.program}: {exc.strerror}") from exc
+
+
+def _check_sources(made: plan.Plan) -> None:
+    """Say it before the runtime does, in our words and with our exit code; the embedded runtime opens them itself."""
+    for bind in made.binds:
+        if not os.path.exists(bind.source):
+            raise UsageError(f"bind source {bind.source}: no such file or directory", "correct --bind, or create it")
 
 
 def _command(made: plan.Plan, facts: Host, runtime: str, environ: Mapping[str, str]) -> plan.Command:

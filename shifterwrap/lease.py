@@ -94,8 +94,8 @@ def _work(flight: Flight, order: dict[str, Any]) -> None:
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     code = subprocess.run([sys.executable, "-I", program, "pull-worker", text], stdin=subprocess.DEVNULL, stdout=2,
                           pass_fds=[flight.fd], check=False).returncode
-    if code > 0:
-        record = singleflight.read(flight.path)
-        if record.get("state") == "failed":
-            raise from_record(record["error"])
+    record = singleflight.read(flight.path) if code > 0 else {}
+    if record.get("state") == "failed":
+        raise from_record(record["error"])
+    if code > 0 and record.get("state") != "done":
         raise Error(f"the pull ended with code {code} and left no reason", "run again with SHIFTERWRAP_DEBUG=1")

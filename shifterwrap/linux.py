@@ -28,6 +28,7 @@ LOOP_SET_FD = 0x4C00
 LOOP_CLR_FD = 0x4C01
 LOOP_SET_STATUS64 = 0x4C04
 LOOP_GET_STATUS64 = 0x4C05
+LOOP_CONFIGURE = 0x4C0A
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
 
@@ -139,25 +140,32 @@ def attach_loop(image_fd: int) -> str:
             path = f"/dev/loop{fcntl.ioctl(control, LOOP_CTL_GET_FREE)}"
             device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                fcntl.ioctl(device, LOOP_SET_FD, image_fd)
+                _configure_loop(device, image_fd)
             except OSError as exc:
                 os.close(device)
                 if exc.errno == 16:  # EBUSY
                     continue
                 raise
-            return _autoclear(device, path)
+            # It stays open until the process ends or executes: AUTOCLEAR would detach it before the mount.
+            return path
     raise OSError(16, "no free loop device", "/dev/loop-control")
 
 
-def _autoclear(device: int, path: str) -> str:
+def _configure_loop(device: int, image_fd: int) -> None:
+    """In one step, so that no kill leaves a device attached for ever; before Linux 5.8 in two slower ones."""
     # struct loop_info64: 7 u64/u32 fields up to lo_flags at byte 52; the rest (names, key) stays zero.
     info = bytearray(232)
     struct.pack_into("I", info, 52, LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR)
     try:
+        # struct loop_config: fd, block_size, loop_info64, 8 reserved u64
+        fcntl.ioctl(device, LOOP_CONFIGURE, struct.pack("II", image_fd, 0) + info + bytes(64))
+        return
+    except OSError as exc:
+        if exc.errno not in (22, 25):  # EINVAL, ENOTTY: the kernel does not know it
+            raise
+    fcntl.ioctl(device, LOOP_SET_FD, image_fd)
+    try:
         fcntl.ioctl(device, LOOP_SET_STATUS64, bytes(info))
     except OSError:
         fcntl.ioctl(device, LOOP_CLR_FD)
-        os.close(device)
         raise
-    # The device stays open until the process ends or executes: AUTOCLEAR would detach it before the mount.
-    return path

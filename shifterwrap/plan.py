@@ -87,15 +87,16 @@ def make(request: LaunchRequest, image: Image, config: Config, user: User, envir
     image_env = dict(item.partition("=")[::2] for item in image.env)
     overrides = dict(item.partition("=")[::2] for item in config.env)
     overrides.update(request.env)
-    cwd_bind = bindable_cwd(cwd, user)
+    user_home = user.home if config.mount_home and user.home != "/" else ""
+    cwd_bind = bindable_cwd(cwd, user_home)
     if request.workdir:
         workdirs: tuple[str, ...] = (request.workdir,)
     else:
         fallback = image.working_dir if image.working_dir.startswith("/") else "/"
-        workdirs = (cwd, fallback, "/") if cwd_bind or _covered(cwd, user, binds) else (fallback, "/")
+        workdirs = (cwd, fallback, "/") if cwd_bind or _covered(cwd, user_home, binds) else (fallback, "/")
     return Plan(
         image=image,
-        base=base_binds(user, cwd_bind, config.mount_home),
+        base=base_binds(user_home, cwd_bind),
         binds=binds,
         env=environment(environ, image_env, overrides, user),
         overrides=frozenset(overrides),
@@ -128,30 +129,30 @@ def is_host_only(name: str) -> bool:
     return name in HOST_ONLY or name.startswith(HOST_ONLY_PREFIXES)
 
 
-def base_binds(user: User, cwd: str, mount_home: bool) -> tuple[Bind, ...]:
+def base_binds(home: str, cwd: str) -> tuple[Bind, ...]:
     """The host paths that users of HPC containers expect to find: devices, kernel interfaces, scratch, home, cwd."""
     binds = [Bind("/dev", "/dev"), Bind("/proc", "/proc"), Bind("/sys", "/sys")]
     binds += [Bind(path, path, optional=True) for path in ("/tmp", "/var/tmp")]
     binds += [Bind(path, path, readonly=True, optional=True)
               for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/localtime")]
-    if mount_home and user.home not in ("", "/"):
-        binds.append(Bind(user.home, user.home, optional=True))
+    if home:
+        binds.append(Bind(home, home, optional=True))
     if cwd:
         binds.append(Bind(cwd, cwd, optional=True))
     return tuple(binds)
 
 
-def bindable_cwd(cwd: str, user: User) -> str:
+def bindable_cwd(cwd: str, home: str) -> str:
     """The current directory when it must be bound on its own: not what other binds cover, not the image's own."""
-    if cwd in IMAGE_ONLY_EXACT or any(within(cwd, top) for top in IMAGE_ONLY) or _covered(cwd, user, ()):
+    if cwd in IMAGE_ONLY_EXACT or any(within(cwd, top) for top in IMAGE_ONLY) or _covered(cwd, home, ()):
         return ""
     return cwd
 
 
-def _covered(cwd: str, user: User, binds: Sequence[Bind]) -> bool:
+def _covered(cwd: str, home: str, binds: Sequence[Bind]) -> bool:
     roots = ["/tmp", "/var/tmp", "/dev/shm", *(bind.target for bind in binds)]
-    if user.home not in ("", "/"):
-        roots.append(user.home)
+    if home:
+        roots.append(home)
     return any(within(cwd, root) for root in roots)
 
 

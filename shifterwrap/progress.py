@@ -23,6 +23,15 @@ def size(count: float) -> str:
     return f"{count:.0f} {_UNITS[unit]}" if unit == 0 or count >= 100 else f"{count:.1f} {_UNITS[unit]}"
 
 
+def _write(stream: TextIO, text: str) -> None:
+    """Write where somebody may have stopped reading: progress that nobody sees must not end a pull."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        pass
+
+
 class Progress:
     """A listener for events that writes to ``stream``. Safe to call from several threads."""
 
@@ -81,8 +90,7 @@ class Progress:
             done, total = sum(event.done for event in fetches), sum(event.total for event in fetches)
             lines.append(f"  total {size(done)} of {size(total)}, {now - self._began:.0f} s")
         self._erase()
-        self._stream.write("".join(f"{line[:100]}\n" for line in lines))
-        self._stream.flush()
+        _write(self._stream, "".join(f"{line[:100]}\n" for line in lines))
         self._height = len(lines)
 
     def _line(self, name: str, event: Event, elapsed: float) -> str:
@@ -93,12 +101,11 @@ class Progress:
 
     def _print(self, text: str) -> None:
         self._erase()
-        self._stream.write(f"{self._prog}: {text}\n")
-        self._stream.flush()
+        _write(self._stream, f"{self._prog}: {text}\n")
 
     def _erase(self) -> None:
         if self._height:
-            self._stream.write(f"\x1b[{self._height}A\x1b[J")
+            _write(self._stream, f"\x1b[{self._height}A\x1b[J")
             self._height = 0
 
 
@@ -120,16 +127,14 @@ class Waiting:
         amount = f", {size(float(str(done)))} of {size(float(str(total)))}" if total else ""
         text = f"waiting for process {record.get('pid', '?')} to pull {self._subject}"
         if self._live:
-            self._stream.write(f"\r\x1b[K  {text}: {record.get('stage', '')}{amount}"[:110])
+            _write(self._stream, f"\r\x1b[K  {text}: {record.get('stage', '')}{amount}"[:110])
             self._drawn = now + 0.2
         elif not self._told:
-            self._stream.write(f"{self._prog}: {text}\n")
+            _write(self._stream, f"{self._prog}: {text}\n")
             self._drawn = now + 60.0
         self._told = True
-        self._stream.flush()
 
     def close(self) -> None:
         """Leave the terminal clean."""
         if self._live and self._told:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            _write(self._stream, "\r\x1b[K")

@@ -265,7 +265,9 @@ def _chunks(path: str) -> Iterator[bytes]:
 
 def _write_squashfs(tree: Tree, open_layer: OpenLayer, path: str, writer: squashfs.Writer, config: Config,
                     emit: Emit) -> dict[str, Any]:
-    options = squashfs.Options(_compressor(config), config.compression_level, config.block_bytes,
+    compressor = _compressor(config)
+    level = min(config.compression_level, 9 if compressor == "gzip" else 22)
+    options = squashfs.Options(compressor, level, config.block_bytes,
                                config.threads or len(os.sched_getaffinity(0)))
     with _stage("convert", emit):
         squashfs.write(tree, open_layer, path, options, emit, writer=writer)

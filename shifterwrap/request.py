@@ -197,6 +197,6 @@ def help_text() -> str:
     lines += [f"  {left:<{width}}  {text}" for left, text in rows]
     lines += ["", "IMAGE: docker://REGISTRY/REPOSITORY:TAG, or NAME:TAG for the site's default registry.",
               "Exit: the command's own code; 125 failed before it started, 126 it cannot be executed,",
-              "127 it is not in the image.",
+              "127 it is not in the image (apptainer and ch-run say so with 255 and 1).",
               "Environment: SHIFTERWRAP_CACHE_DIR, SHIFTERWRAP_CONFIG, SHIFTERWRAP_RUNTIME, SHIFTERWRAP_DEBUG."]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ _POLL_SECONDS = (0.01, 0.2)  # grows with the time waited
 # How long a newcomer believes a failure (seconds); what is not named here is tried again at once.
 FAILURE_EXPIRY_SECONDS = {
     "Unreachable": 5.0, "NotFound": 5.0, "AuthDenied": 5.0, "RateLimited": 30.0, "DigestMismatch": 5.0,
-    "ConvertError": 30.0, "LimitExceeded": 30.0, "RegistryError": 5.0,
+    "ConvertError": 10.0, "LimitExceeded": 5.0, "RegistryError": 5.0,
 }
 
 Found = TypeVar("Found")
@@ -168,5 +168,9 @@ def _raise_failure(record: dict[str, Any], since: float, believe: bool) -> None:
     if record.get("state") != "failed" or not isinstance(record.get("error"), dict):
         return
     happened, expires = float(record.get("time", 0)), float(record.get("expires", 0))
-    if happened >= since or (believe and happened <= time.time() < expires):
+    if happened >= since:
         raise from_record(record["error"])
+    if believe and happened <= time.time() < expires:
+        error = from_record(record["error"])
+        error.message += f" (so process {record.get('pid')} found {time.time() - happened:.0f} s ago)"
+        raise error

@@ -9,12 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import yaml
 
 from .config import SITE_FILE, SITE_SNAPSHOT, SNAPSHOT_VERSION, Config, fingerprint, own_snapshot
-from .errors import ConfigError
+from .errors import BadReference, ConfigError, UsageError
+from .oci import parse_reference
+from .request import parse_bind
 
 Value = Union[str, int, bool, tuple[str, ...]]
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -69,9 +71,32 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _pairs(value: Any) -> tuple[str, ...]:
     pairs = _texts(value)
-    if any("=" not in pair.lstrip("=") for pair in pairs):
+    if any("=" not in pair or not pair.partition("=")[0].isidentifier() for pair in pairs):
         raise ValueError("a list of NAME=VALUE is wanted")
     return pairs
+
+
+def _binds(value: Any) -> tuple[str, ...]:
+    binds = _texts(value)
+    for text in binds:
+        try:
+            parse_bind(text)
+        except UsageError as exc:
+            raise ValueError(exc.message) from None
+    return binds
+
+
+def _registry(value: Any) -> str:
+    try:
+        if parse_reference(f"docker://{_text(value)}/a/b").registry == value:
+            return str(value)
+    except BadReference:
+        pass
+    raise ValueError("HOST or HOST:PORT is wanted")
+
+
+def _registries(value: Any) -> tuple[str, ...]:
+    return tuple(_registry(item) for item in _texts(value))
 
 
 def _choice(*names: str) -> Callable[[Any], str]:
@@ -115,8 +140,8 @@ SETTINGS = (
     Setting("runtime", _choice("auto", "embedded", "apptainer", "charliecloud"),
             "auto, embedded, apptainer, charliecloud",
             "Runtime for users who do not choose one; auto prefers apptainer, then the embedded runtime."),
-    Setting("default_registry", _text, "HOST[:PORT]", "Registry of references that name none."),
-    Setting("insecure_registries", _texts, "list of HOST[:PORT]",
+    Setting("default_registry", _registry, "HOST[:PORT]", "Registry of references that name none."),
+    Setting("insecure_registries", _registries, "list of HOST[:PORT]",
             "Registries that may be spoken to over plain HTTP; loopback always may."),
     Setting("local_scratch", _path, "absolute path",
             "Node-local directory for per-user caches where the home directory is on a network file system."),
@@ -125,9 +150,10 @@ SETTINGS = (
     Setting("cache_min_free_bytes", parse_size, "size", "Space that a pull leaves free on the cache's file system."),
     Setting("owner_policy", _choice("root", "keep"), "root, keep",
             "root: files belong to root, are readable by all and have no setuid bits; keep: as in the layers."),
-    Setting("compressor", _choice("auto", "zstd", "gzip", "lz4"), "auto, zstd, gzip, lz4",
+    Setting("compressor", _choice("auto", "zstd", "gzip"), "auto, zstd, gzip",
             "Compression of squashfs images; auto is zstd, or gzip without the Python package zstandard."),
-    Setting("compression_level", _number(1, 22), "1 to 22", "Compression level; 1 converts fastest."),
+    Setting("compression_level", _number(1, 22), "1 to 22; gzip has up to 9",
+            "Compression level; 1 converts fastest."),
     Setting("block_bytes", _block, "power of two, 64K to 1M", "Squashfs block size."),
     Setting("threads", _number(0, 1024), "0 to 1024", "Threads that a conversion uses; 0 is one for each usable core."),
     Setting("pull_deadline_seconds", _number(1, 7 * 86400), "seconds", "Longest wait for an image, pull included."),
@@ -136,10 +162,11 @@ SETTINGS = (
     Setting("retries", _number(0, 100), "0 to 100", "Attempts after the first where a retry may help."),
     Setting("max_image_bytes", parse_size, "size", "Largest image, unpacked; more is taken for a bomb."),
     Setting("max_entries", _number(1, 1_000_000_000), "number", "Most files in the layers of one image."),
-    Setting("max_ratio", _number(2, 100_000), "number", "Largest ratio of unpacked to packed bytes, past 100 MB."),
+    Setting("max_ratio", _number(2, 100_000), "number", "Largest ratio of unpacked to packed bytes, past 100 MiB."),
     Setting("mount_home", _flag, "true, false", "Bind the user's home directory into the container."),
-    Setting("binds", _texts, "list of SRC[:DST[:ro]]", "Binds of every container of this site."),
-    Setting("env", _pairs, "list of NAME=VALUE", "Environment of every container of this site, under the user's own."),
+    Setting("binds", _binds, "list of SRC[:DST[:ro]]", "Binds of every container of this site."),
+    Setting("env", _pairs, "list of NAME=VALUE",
+            "Environment of every container of this site; users may set the same names otherwise."),
     Setting("tool_path", _text, "colon-separated directories", "Where runtimes and squashfs tools are looked for."),
 )
 
@@ -221,10 +248,15 @@ def sample() -> str:
     lines = ["# shifterwrap: settings of this site. Every setting is here with its default; man 5 shifterwrap.yaml.",
              "# Files in conf.d/*.yaml are read after this one. Check with: shifterwrap config --check", ""]
     for row in SETTINGS:
-        lines += [f"# {row.help}", f"# ({row.form})", f"#{row.key}: {show(row.default)}", ""]
+        lines += [f"# {row.help}", f"# ({row.form})", f"#{row.key}: {show(row)}", ""]
     return "\n".join(lines)
 
 
-def show(value: Value) -> str:
-    """A value as YAML writes it."""
+def show(setting: Setting, value: Optional[Value] = None) -> str:
+    """A value of ``setting``, its default if none is given, as YAML writes it; sizes as people do."""
+    value = setting.default if value is None else value
+    if setting.parse in (parse_size, _block) and isinstance(value, int):
+        for unit in ("T", "G", "M", "K"):
+            if value and value % _SIZES[unit] == 0:
+                return f"{value // _SIZES[unit]}{unit}"
     return json.dumps(list(value) if isinstance(value, tuple) else value)

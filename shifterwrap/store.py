@@ -392,8 +392,9 @@ def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_by
     lacking = shortage(root, need_bytes, max_bytes, min_free_bytes)
     doomed = evict.victims(candidates(root), lacking, time.time())
     if sum(victim.bytes for victim in doomed) < lacking:
-        raise CacheFull(f"cache {root}: {need_bytes >> 20} MiB are needed, {_free(root) >> 20} MiB are free and what "
-                        "is in use, pinned or new may not be evicted")
+        limit = f", cache_max_bytes allows {max_bytes >> 20} MiB in all" if max_bytes else ""
+        raise CacheFull(f"cache {root}: {need_bytes / (1 << 20):.1f} MiB are needed, {_free(root) >> 20} MiB are free"
+                        f"{limit}, and what is in use, pinned or new may not be evicted")
     for victim in doomed:
         try:
             remove(root, victim.name)

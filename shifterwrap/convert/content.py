@@ -27,7 +27,7 @@ def in_layer_order(nodes: list[tuple[bytes, Node]]) -> list[tuple[bytes, Node]]:
     holes = sum(node.size - node.stored_bytes() for _, node in files)
     if holes > MAX_HOLE_BYTES:
         raise LimitExceeded(f"the image has sparse files with {holes} bytes of holes, more than {MAX_HOLE_BYTES}",
-                            "nothing was cached; this limit is fixed")  # fmt: skip
+                            "nothing was cached; this limit is fixed")
     return sorted(files, key=lambda item: (item[1].layer, item[1].offset, item[0]))
 
 

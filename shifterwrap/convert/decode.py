@@ -216,6 +216,6 @@ def _zstd_backend() -> tuple[Callable[[], Callable[[bytes], bytes]], type[Except
         return (lambda: context.decompressobj().decompress), zstandard.ZstdError
     if stdlib is None:
         raise ConvertError("a layer is compressed with zstd, and nothing here can read that",
-                           "install python3-zstandard, or: pip install shifterwrap[fast]")  # fmt: skip
+                           "install python3-zstandard, or: pip install shifterwrap[fast]")
     options = {stdlib.DecompressionParameter.window_log_max: MAX_WINDOW_LOG}
     return (lambda: stdlib.ZstdDecompressor(options=options).decompress), stdlib.ZstdError

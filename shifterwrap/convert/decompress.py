@@ -34,7 +34,7 @@ def decompressor(compressor: str) -> Decompress:
     if compressor not in readable():
         module = {"zstd": "zstandard", "lz4": "lz4"}.get(compressor)
         raise ConvertError(f"nothing here can read squashfs that is compressed with {compressor}",
-                           f"install the Python module {module}" if module else "")  # fmt: skip
+                           f"install the Python module {module}" if module else "")
     if compressor == "zstd":
         return _unzstd_stdlib if accelerators.zstandard is None else _unzstd()
     if compressor == "gzip":

@@ -54,11 +54,11 @@ def _block(name: bytes, kind: bytes, target: bytes, node: Node, size: int) -> by
     return _sealed(
         name, node.mode, node.uid if node.uid <= _MAX_OCTAL_ID else 0, node.gid if node.gid <= _MAX_OCTAL_ID else 0,
         size if size <= _MAX_OCTAL_SIZE else 0, node.mtime, kind, target, major, minor,
-    )  # fmt: skip
+    )
 
 
 def _sealed(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, target: bytes,
-            major: int, minor: int) -> bytes:  # fmt: skip
+            major: int, minor: int) -> bytes:
     """The ustar block of these fields, its checksum filled in."""
     before = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0" % (_padded(name), mode, uid, gid, size, mtime)
     after = b"%b%bustar\00000%b%07o\0%07o\0" % (kind, _padded(target), bytes(64), major, minor)

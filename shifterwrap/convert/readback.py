@@ -72,7 +72,7 @@ class _Comparison:
             self._same_names(path, node, names)
             for name in names:
                 inodes += self._visit(path + b"/" + name.name if path else name.name, node.children[name.name], name,
-                                      inode, pending)  # fmt: skip
+                                      inode, pending)
         if inodes != self._image.superblock.inodes:
             raise ConvertError(f"the image is damaged: {self._image.superblock.inodes} inodes instead of {inodes}")
         return self._files
@@ -85,7 +85,7 @@ class _Comparison:
         raise ConvertError(f"the image {what} {show(path + b'/' + difference if path else difference)}")
 
     def _visit(self, path: bytes, node: Node, name: Name, parent: Inode,
-               pending: list[tuple[bytes, Node, Inode]]) -> int:  # fmt: skip
+               pending: list[tuple[bytes, Node, Inode]]) -> int:
         """Compare one name and return how many inodes it adds."""
         if name.ref in self._refs or node in self._seen:
             if self._refs.get(name.ref) is not node or node.kind == DIRECTORY or self._seen[node] != name.number:

@@ -56,7 +56,7 @@ class Inode:
     """One inode of an image. ``start`` and ``offset`` say where its directory list or its block list is."""
 
     __slots__ = ("fragment", "fragment_offset", "gid", "indexes", "kind", "links", "mode", "mtime", "number", "offset",
-                 "parent", "position", "rdev", "size", "start", "target", "uid", "xattr")  # fmt: skip
+                 "parent", "position", "rdev", "size", "start", "target", "uid", "xattr")
 
     def __init__(self, kind: int, mode: int, uid: int, gid: int, mtime: int, number: int) -> None:
         self.kind, self.mode, self.uid, self.gid, self.mtime, self.number = kind, mode, uid, gid, mtime, number
@@ -95,7 +95,7 @@ def _superblock(fd: int, path: str) -> Superblock:
         _SUPERBLOCK.unpack(raw)
     )
     found = Superblock(inodes, mkfs_time, block_size, fragments, _COMPRESSORS.get(compressor, f"number {compressor}"),
-                       flags, ids, (major, minor), *places)  # fmt: skip
+                       flags, ids, (major, minor), *places)
     size = os.fstat(fd).st_size
     tables = (found.inode_table, found.directory_table, found.id_table)
     optional = (found.fragment_table, found.export_table, found.xattr_table)
@@ -446,4 +446,4 @@ _LAYOUTS = {
     5: (struct.Struct("<II"), _device), 12: (struct.Struct("<III"), _device),
     6: (struct.Struct("<I"), _pipe), 13: (struct.Struct("<II"), _pipe),
     7: (struct.Struct("<I"), _pipe), 14: (struct.Struct("<II"), _pipe),
-}  # fmt: skip
+}

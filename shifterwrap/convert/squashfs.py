@@ -102,7 +102,7 @@ def _abilities(program: str, path: str) -> tuple[tuple[int, ...], frozenset[str]
 
 def _says(path: str, option: str) -> str:
     done = subprocess.run([path, option], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=_environment(), check=False)  # fmt: skip
+                          env=_environment(), check=False)
     return done.stdout.decode(errors="replace")
 
 
@@ -119,7 +119,7 @@ def _tar2sqfs_argv(writer: Writer, output: str, options: Options, root: Node) ->
     return [
         writer.path, "--quiet", "--force", "--no-skip", "--num-jobs", str(options.threads),
         "--block-size", str(options.block_size), "--compressor", options.compressor, *level, output,
-    ]  # fmt: skip
+    ]
 
 
 def _mksquashfs_argv(writer: Writer, output: str, options: Options, root: Node) -> list[str]:
@@ -130,7 +130,7 @@ def _mksquashfs_argv(writer: Writer, output: str, options: Options, root: Node) 
         "-mem", _MKSQUASHFS_MEMORY, "-processors", str(options.threads), "-mkfs-time", "0",
         "-b", str(options.block_size), "-root-mode", f"{root.mode:o}", "-root-uid", str(root.uid),
         "-root-gid", str(root.gid), "-root-time", str(root.mtime), *careful, "-comp", options.compressor, *level,
-    ]  # fmt: skip
+    ]
 
 
 def best_compressor() -> str:
@@ -168,7 +168,8 @@ def write(
         program.pipe.put(merged_tar.END)
         program.pipe.flush()
         program.finish()
-    _check_written(path, writer, options)
+        _check_written(path, writer, options)
+        program.keep()
 
 
 def _send_headers(nodes: list[tuple[bytes, Node]], pipe: _Pipe) -> None:
@@ -182,7 +183,7 @@ def _send_headers(nodes: list[tuple[bytes, Node]], pipe: _Pipe) -> None:
 
 def _send_files(
     files: list[tuple[bytes, Node]], open_layer: OpenLayer, total: int, pipe: _Pipe, emit: Emit
-) -> None:  # fmt: skip
+) -> None:
     done = reported = 0
     for path, node, content in stream(files, open_layer):
         pipe.put(merged_tar.header(path, node))
@@ -225,7 +226,7 @@ class _Pipe:
 
 
 class _Program:
-    """The writer running; left in any way, it is dead and reaped, and an unfinished output is gone.
+    """The writer running; left in any way, it is dead and reaped, and the output is gone unless keep() was called.
 
     The output is created here and stays open here: after a failure, when tar2sqfs says "I/O error" and has removed the
     file, the room that it took is still taken, and one more write tells whether there was too little.
@@ -233,12 +234,12 @@ class _Program:
 
     def __init__(self, writer: Writer, argv: Sequence[str], path: str) -> None:
         self._writer, self._path = writer, path
-        self._finished = False
+        self._kept = False
         self._output_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._said_fd = os.memfd_create("writer-said")
         try:
             self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0,
-                                             stderr=self._said_fd, env=_environment(), cwd="/")  # fmt: skip
+                                             stderr=self._said_fd, env=_environment(), cwd="/")
         except OSError as exc:
             self._discard()
             raise ConverterMissing(f"cannot run {argv[0]}") from exc
@@ -263,7 +264,7 @@ class _Program:
     def _discard(self) -> None:
         os.close(self._output_fd)
         os.close(self._said_fd)
-        if not self._finished:
+        if not self._kept:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
 
@@ -275,7 +276,10 @@ class _Program:
             raise self._failure(code)
         if not os.path.samestat(os.fstat(self._output_fd), os.stat(self._path)):
             raise ConvertError(f"{self._writer.program} did not write {self._path}")
-        self._finished = True
+
+    def keep(self) -> None:
+        """Leave the output where it is."""
+        self._kept = True
 
     def _failure(self, code: int) -> Error:
         said = self._said()

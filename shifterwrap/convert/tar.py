@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 1 << 50
 _KINDS = {
     b"0": FILE, b"\0": FILE, b"7": FILE, b"S": FILE, b"1": HARD_LINK, b"2": SYMLINK,
     b"3": CHARACTER, b"4": BLOCK, b"5": DIRECTORY, b"6": FIFO,
-}  # fmt: skip
+}
 # name mode uid gid size mtime checksum type linkname magic+version uname+gname major minor prefix (POSIX ustar)
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
 _ZERO_BLOCK = bytes(512)

@@ -21,7 +21,7 @@ SOCKET = stat.S_IFSOCK
 KIND_NAMES = {
     FILE: "file", DIRECTORY: "directory", SYMLINK: "symlink", CHARACTER: "character device",
     BLOCK: "block device", FIFO: "fifo", SOCKET: "socket",
-}  # fmt: skip
+}
 
 MAX_PATH = 4095  # bytes of a path or link target, without the NUL: PATH_MAX of limits.h
 MAX_NAME = 255  # bytes of one component: NAME_MAX
@@ -38,7 +38,7 @@ class Node:
     """
 
     __slots__ = ("children", "crc", "gid", "kind", "layer", "mode", "mtime", "offset", "rdev", "size", "sparse",
-                 "target", "uid", "xattrs")  # fmt: skip
+                 "target", "uid", "xattrs")
 
     def __init__(self, kind: int, mode: int = 0o755, uid: int = 0, gid: int = 0, mtime: int = 0) -> None:
         self.kind = kind

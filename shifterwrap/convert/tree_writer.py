@@ -146,7 +146,7 @@ class _Writing:
         done = reported = 0
         for path, node, content in stream(files, open_layer):
             fd = os.open(_name(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
-                         dir_fd=self._parent(path))  # fmt: skip
+                         dir_fd=self._parent(path))
             try:
                 digest = _fill(fd, content)
                 os.ftruncate(fd, node.size)  # a hole at the end
@@ -163,7 +163,7 @@ class _Writing:
             source = os.dup(self._parent(first))  # the next look-up may close it
             try:
                 os.link(_name(first), _name(path), src_dir_fd=source, dst_dir_fd=self._parent(path),
-                        follow_symlinks=False)  # fmt: skip
+                        follow_symlinks=False)
             finally:
                 os.close(source)
 

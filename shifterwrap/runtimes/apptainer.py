@@ -31,6 +31,8 @@ def command(plan: Plan, host: Host, program: str, environ: Mapping[str, str]) ->
         if any(mark in path for path in bind[:2] for mark in ",:"):
             raise RuntimeUnavailable(f"apptainer cannot bind {bind.source}: a comma or a colon in the path", _INSTEAD)
         argv += ["--bind", f"{bind.source}:{bind.target}:{'ro' if bind.readonly else 'rw'}"]
+    if plan.user.home not in ("", "/") and all(bind.target != plan.user.home for bind in plan.base):
+        argv.append("--no-home")
     if plan.strict_workdir or plan.workdirs[0] != plan.cwd:
         argv += ["--pwd", plan.workdirs[0]]
     if plan.writable_tmpfs:

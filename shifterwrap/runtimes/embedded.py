@@ -91,9 +91,10 @@ def enter(plan: Plan, host: Host, namespaces: Optional[Namespaces] = None) -> No
     server, device = None, ""
     if host.uid != 0:
         unshare_user(host)
-        server = None if tree else _start_server(plan.image.path, host.squashfuse)
-    elif not tree:
+    if not tree and host.mounts_by_loop:
         device = _attach(plan.image.path)
+    elif not tree:
+        server = _start_server(plan.image.path, host.squashfuse)
     with _step("a mount namespace"):
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount("", "/", flags=linux.MS_REC | linux.MS_SLAVE)
@@ -338,9 +339,10 @@ def _make_points(targets: list[tuple[str, bool]]) -> None:
                 raise SandboxError(f"{target} is a {'directory' if stat.S_ISDIR(mode) else 'file'} in the image",
                                    "bind a file on a file and a directory on a directory")
             continue
-        _make_directories(path if is_directory else os.path.dirname(path), target)
-        if not is_directory:
-            os.close(os.open("/points" + path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+        with _step(f"a mount point at {target[:200]}"):
+            _make_directories(path if is_directory else os.path.dirname(path), target)
+            if not is_directory:
+                os.close(os.open("/points" + path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
 
 
 def _make_directories(path: str, target: str) -> None:

@@ -149,8 +149,10 @@ class Kills:
             if not processes.alive(worker):
                 return "", []
             hit = self._stage()
-            for pid in [worker, *processes.descendants(worker)]:
+            for pid in (doomed := [worker, *processes.descendants(worker)]):
                 processes.kill(pid)
+            while any(map(processes.alive, doomed)):
+                time.sleep(0.001)
             return hit, self._faults(mid=None)
         finally:
             _signal(launchers, signal.SIGCONT)

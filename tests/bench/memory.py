@@ -41,7 +41,7 @@ def run(world: World) -> list[Line]:
         required("memory", f"{what}: out-of-memory kills", str(ours.killed), "0", str(peer.killed) if peer else ""),
         noted("memory", f"{what}: peak with page cache; times at the limit", _usage(ours), _usage(peer) if peer else "",
               details={"ours": ours._asdict(), "peer": theirs}),
-    ]  # fmt: skip
+    ]
 
 
 def _usage(outcome: Outcome) -> str:
@@ -76,7 +76,7 @@ def _limited(world: World, argv: Sequence[str], env: dict[str, str]) -> Outcome:
         join = ["sh", "-c", JOIN, str(group / "cgroup.procs"), *identity, *argv]
         done = subprocess.run(join, env={**user.env, **env}, cwd=user.home, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=RUN_SECONDS,
-                              check=False)  # fmt: skip
+                              check=False)
         if done.returncode:
             say(f"memory: exit code {done.returncode}: {done.stdout[-400:]}")
         return Outcome(done.returncode, *_readings(group), done.stdout[-400:])

@@ -37,7 +37,7 @@ def answer(request: dict[str, Any], directory: str) -> dict[str, Any]:
     for file in files:
         os.unlink(file)
     return {"wall": wall, "cpu": cpu, "codes": [codes[pid] for pid in pids],
-            "errors": sorted(set(failed))[:DISTINCT_ERRORS]}  # fmt: skip
+            "errors": sorted(set(failed))[:DISTINCT_ERRORS]}
 
 
 def _spawn(argv: list[str], env: dict[str, str], errors: str) -> int:

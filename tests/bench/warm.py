@@ -44,7 +44,7 @@ def _starts(world: World, name: str, turns: int) -> list[Line]:
             "root": _wrapped(world, world.root_clock, "embedded", image),
             "charliecloud": _wrapped(world, world.clock, "charliecloud", image),
             "bare ch-run": _bare(world.clock, ["/usr/bin/ch-run", str(squashfs), "--", *TRUE]),
-        }, turns)  # fmt: skip
+        }, turns)
     wall = {case: [one.wall for one in taken] for case, taken in times.items()}
     bare = wall["bare apptainer"]
     return [
@@ -97,7 +97,7 @@ def _cpu(world: World, turns: int) -> Line:
     times = in_turns({
         "ours": _bare(world.clock, world.wrapped("--runtime", "apptainer", world.image("bb"), *TRUE), env),
         "bare": _bare(world.clock, [str(world.bin / "python"), "-SI", "-c", "pass"]),
-    }, turns)  # fmt: skip
+    }, turns)
     ours, bare = (statistics.median(one.cpu for one in times[case]) * 1000 for case in ("ours", "bare"))
     line = limited("warm", "CPU until execve, less the bare interpreter", ours - bare, "ms", MOST_CPU_MS)
     figures = {case: [one.cpu for one in taken] for case, taken in times.items()}

@@ -102,7 +102,7 @@ class Box(NamedTuple):
     def out(self, script: str, *words: str | Path, options: tuple[str | Path, ...] = (), **how: Any) -> str:
         """What a script prints that must end well and say nothing on standard error."""
         done = self.sh(script, *words, options=options, **how)
-        assert (done.returncode, done.stderr) == (0, "")
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
         return done.stdout
 
     @contextlib.contextmanager

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.registry import Image, Registry, image
+from tests.fakes.registry import Image, Registry, Reply, Request, Serve, image
 from tests.testbed.images import busybox_layer
 from tests.testbed.ocilayout import file, tar
 from tests.testbed.people import Person
@@ -124,6 +125,48 @@ def swept(person: Person) -> None:
 
 
 # ---- waiting without luck
+
+
+class Hold:
+    """Requests that a registry does not answer before it is told to."""
+
+    def __init__(self, hub: Registry, pattern: str, after: int) -> None:
+        self._hub, self._pattern, self._after = hub, pattern, after
+        self._waiting = threading.Semaphore(0)
+        self._over = threading.Event()
+
+    def __call__(self, request: Request, serve: Serve) -> Reply:
+        """A fault: the honest reply, with a pause in its body."""
+        reply = serve(request)
+        assert isinstance(reply.body, bytes)
+        return reply._replace(body=self._paused(reply.body), length=len(reply.body))
+
+    def _paused(self, body: bytes) -> Iterator[bytes]:
+        if self._after:
+            yield body[: self._after]
+        self._waiting.release()
+        self._over.wait(PATIENCE_SECONDS)
+        yield body[self._after :]
+
+    def reached(self) -> None:
+        """Wait for one more request to be held."""
+        assert self._waiting.acquire(timeout=PATIENCE_SECONDS), f"nobody asked for {self._pattern}"
+
+    def release(self) -> None:
+        """Answer everything, now and from now on."""
+        self._hub.heal()
+        self._over.set()
+
+
+@contextmanager
+def held(hub: Registry, pattern: str, after: int = 0) -> Iterator[Hold]:
+    """The registry holds its answers to these requests, after that many bytes, until the block ends."""
+    hold = Hold(hub, pattern, after)
+    hub.fault(pattern, hold, method="GET")
+    try:
+        yield hold
+    finally:
+        hold.release()
 
 
 def until(true: Callable[[], bool], what: str) -> None:

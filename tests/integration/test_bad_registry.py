@@ -137,7 +137,7 @@ ANSWERS = {
         MANIFEST, status(200, {"Content-Type": "text/html"}, b"<html>Log in</html>"), ("is not JSON",)
     ),
     "control characters": Answer(MANIFEST, error(400, "X", "\x1b[2Jgone\r\nwrapped-run: fine"), ("?[2Jgone",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -280,7 +280,7 @@ IMAGES: dict[str, tuple[Image, tuple[str, ...]]] = {
         image([ROOT], edit=edited(mediaType="\N{PILE OF POO}" * 5000))._replace(media_type=fake.OCI_MANIFEST),
         ("is not a container image", "\N{PILE OF POO}")),
     "another platform": (fake.index([("linux/s390x", image([ROOT]))]), ("has no image for linux/", "linux/s390x")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)

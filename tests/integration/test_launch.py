@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -64,6 +65,12 @@ def box(request: pytest.FixtureRequest, boxes: Callable[[str], Box]) -> Box:
     return boxes(request.param)
 
 
+@pytest.fixture(params=["swtester-squashfs", "root-tree"])
+def either(request: pytest.FixtureRequest, boxes: Callable[[str], Box]) -> Box:
+    """For what depends little on who runs from what."""
+    return boxes(request.param)
+
+
 @pytest.fixture
 def tester_box(boxes: Callable[[str], Box]) -> Box:
     """For what does not depend on the runtime."""
@@ -71,10 +78,10 @@ def tester_box(boxes: Callable[[str], Box]) -> Box:
 
 
 @pytest.fixture
-def elsewhere(box: Box) -> Iterator[Path]:
-    """A directory of the person's that no bind of every container covers."""
+def elsewhere() -> Iterator[Path]:
+    """A directory for everybody that no bind of every container covers."""
     with scratch(Path("/opt")) as path:
-        os.chown(path, box.person.uid, box.person.gid)
+        path.chmod(0o777)
         yield path
 
 
@@ -106,36 +113,35 @@ def test_supplementary_groups_open_files(box: Box, workspace: Path) -> None:
 
 def test_the_command_is_the_process_that_was_started(box: Box) -> None:
     """Signals, limits, a job's accounting and srun's bookkeeping all hang on that."""
-    with box.running() as process:
-        assert Path(f"/proc/{process.pid}/comm").read_text() == "cat\n"
-        assert os.getsid(process.pid) == os.getsid(0)
-        assert os.getpgid(process.pid) == os.getpgid(0)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    assert children == ""
+    process = box.person.popen(box.argv(("sh", "-c", "echo $$; cut -d' ' -f 4-6 /proc/$$/stat")))
+    said, _ = process.communicate()
+    pid, parent_group_session = said.splitlines()
+    assert int(pid) == process.pid
+    assert parent_group_session == f"{os.getpid()} {os.getpgid(0)} {os.getsid(0)}"
 
 
-def test_signal_dispositions_are_the_callers(box: Box) -> None:
+def test_signal_dispositions_are_the_callers(either: Box) -> None:
     """Python ignores SIGPIPE and SIGXFSZ for itself; a command that inherits that never ends in `cmd | head`."""
-    caller = [sys.executable, "-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"]
-    argv = box.argv(("cat", "/proc/self/status"))
-    done = box.person.run(["env", "-i", *(f"{k}={v}" for k, v in box.person.env.items()), *argv])
+    done = either.run("cat", "/proc/self/status")
     rows = dict(line.split(":\t", 1) for line in done.stdout.splitlines())
-    assert {name: int(rows[name], 16) for name in ("SigIgn", "SigBlk", "SigCgt")} == dict.fromkeys(
-        ("SigIgn", "SigBlk", "SigCgt"), 0
-    ), caller
+    assert {name: int(rows[name], 16) for name in ("SigIgn", "SigBlk", "SigCgt")} == {
+        "SigIgn": 0, "SigBlk": 0, "SigCgt": 0,
+    }
 
 
-def test_umask_and_limits_are_the_callers(box: Box) -> None:
-    script = 'ulimit -n 99; ulimit -c 0; umask 0137; exec "$@"'
+@pytest.mark.parametrize("umask", ["0000", "0022", "0077", "0137"])
+def test_umask_and_limits_are_the_callers(box: Box, umask: str) -> None:
+    script = f'ulimit -n 99; ulimit -c 0; umask {umask}; exec "$@"'
     argv = ["sh", "-c", script, "sh", *box.argv(("sh", "-c", "ulimit -n; ulimit -c; umask"))]
-    assert box.person.run(argv).stdout.split() == ["99", "0", "0137"]
+    done = box.person.run(argv)
+    assert (done.stdout.split(), done.stderr) == (["99", "0", umask], "")
 
 
 def test_names_of_user_and_group(box: Box) -> None:
     group = grp.getgrgid(box.person.gid).gr_name
     assert box.out("id -un; id -gn; id -u; id -g").split() == [
         box.person.name, group, str(box.person.uid), str(box.person.gid),
-    ]  # fmt: skip
+    ]
 
 
 def test_passwd_is_the_images_and_the_users_line(box: Box) -> None:
@@ -153,7 +159,7 @@ def test_a_setuid_program_gains_nothing(registry: StockedRegistry, workspace: Pa
     """Neither one of the image, which only owner_policy keep leaves in it, nor one of the host."""
     box = boxed(registry, workspace, "swtester", "squashfs", "owner_policy: keep\n")
     keep = configured(box.person, "owner_policy: keep\n")
-    assert box.out("stat -c '%a %u' /opt/suid/id", env=keep) == "4755 0\n"
+    assert box.out("stat -c %a /opt/suid/id", env=keep) == "4755\n"
     host = workspace / "id"
     shutil.copy(BUSYBOX, host)
     host.chmod(0o4755)
@@ -196,7 +202,7 @@ def test_current_directory_in_what_every_container_has(box: Box, path: str) -> N
 @pytest.mark.parametrize("path", ["/", "/usr", "/usr/lib", "/etc", "/home", "/opt", "/proc/self"])
 def test_current_directory_of_the_operating_system_is_the_images(box: Box, path: str) -> None:
     """The host's /usr says nothing about the image's: such a directory is neither bound nor entered."""
-    assert box.out("pwd; test -e /work && cat /etc/os-release", cwd=path).startswith("/work\nNAME=\"shifterwrap testbed\"")
+    assert box.out("pwd; head -n 1 /etc/os-release", cwd=path) == '/work\nNAME="shifterwrap testbed"\n'
 
 
 def test_a_removed_current_directory_is_no_obstacle(box: Box, elsewhere: Path) -> None:
@@ -236,7 +242,7 @@ def test_what_the_host_keeps_to_itself(box: Box) -> None:
     assert names == {
         ".", "..", "bin", "data", "dev", "etc", "home", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp",
         "usr", "var", "work",
-    }  # fmt: skip
+    }
     mounts = [line.split()[4] for line in box.out("cat /proc/self/mountinfo").splitlines()]
     assert mounts[0] == "/"
     assert not [path for path in mounts if path.startswith(("/old", "/lower", "/points", "/made", "/upper"))]
@@ -254,28 +260,38 @@ def test_the_root_is_read_only(box: Box) -> None:
 # ---- environment
 
 
-@pytest.mark.parametrize("name", sorted(HOSTILE))
-def test_image_variables_arrive_byte_for_byte(box: Box, name: str) -> None:
-    assert environment(box)[name] == HOSTILE[name]
+Variables = Mapping[str, Optional[str]]
 
 
-def environment(box: Box, options: tuple[str | Path, ...] = (), env: Mapping[str, str | None] | None = None) -> dict[str, str]:
+def environment(box: Box, options: tuple[str | Path, ...] = (), env: Variables | None = None) -> dict[str, str]:
     """The command's environment as the kernel has it."""
     done = box.run("cat", "/proc/self/environ", options=options, env=env, errors="surrogateescape")
     assert (done.returncode, done.stderr) == (0, "")
     return dict(item.partition("=")[::2] for item in done.stdout.split("\0")[:-1])
 
 
-CALLERS = {**{name.replace("IMG", "MY"): value for name, value in HOSTILE.items()}, "MY_LATIN": "caf\udce9", "MY.dot": "x"}
+def test_the_images_variables_arrive_byte_for_byte(box: Box) -> None:
+    seen = environment(box)
+    assert {name: seen.get(name) for name in HOSTILE} == HOSTILE
 
 
-@pytest.mark.parametrize("way", ["host", "--env", "-e kept"])
-def test_the_callers_variables_arrive_byte_for_byte(box: Box, way: str) -> None:
-    pairs = [word for name, value in CALLERS.items() for word in ("--env", f"{name}={value}")]
-    names = [word for name in CALLERS for word in ("-e", name)]
-    options = {"host": [], "--env": pairs, "-e kept": names}[way]
-    seen = environment(box, tuple(options), None if way == "--env" else CALLERS)
-    assert {name: seen[name] for name in CALLERS} == CALLERS
+MINE = {**{name.replace("IMG", "MY"): value for name, value in HOSTILE.items()}, "MY_LATIN": "caf\udce9"}
+
+
+@pytest.mark.parametrize("way", ["host", "--env", "-e"])
+def test_the_callers_variables_arrive_byte_for_byte(either: Box, way: str) -> None:
+    options = {
+        "host": [],
+        "--env": [word for name, value in MINE.items() for word in ("--env", f"{name}={value}")],
+        "-e": [word for name in MINE for word in ("-e", name)],
+    }
+    seen = environment(either, tuple(options[way]), {} if way == "--env" else MINE)
+    assert {name: seen.get(name) for name in MINE} == MINE
+
+
+def test_names_that_no_shell_takes(either: Box) -> None:
+    seen = environment(either, ("--env", "my.dotted-name=x", "--env", "1=2"))
+    assert (seen["my.dotted-name"], seen["1"]) == ("x", "2")
 
 
 def test_variables_from_a_file(tester_box: Box, workspace: Path) -> None:
@@ -286,7 +302,7 @@ def test_variables_from_a_file(tester_box: Box, workspace: Path) -> None:
     assert named == {
         "FILE_ONE": "1", "FILE_TWO": "two words", "FILE_RAW": "\udce9", "FOO": "file", "BOTH": "option",
         "USER": "swtester",
-    }  # fmt: skip
+    }
 
 
 def test_precedence(box: Box) -> None:
@@ -296,7 +312,7 @@ def test_precedence(box: Box) -> None:
         "FOO": "host", "KEPT": "host", "SITE": "host", "BOTH": "host", "HOME": "/tmp", "PMI_RANK": "3",
         "SLURM_PROCID": "3", "LD_PRELOAD": "/no.so", "LD_LIBRARY_PATH": "/lib", "PYTHONPATH": "/x", "BASH_ENV": "/x",
         "CONDA_PREFIX": "/x", "VIRTUAL_ENV": "/x", "BASH_FUNC_f%%": "() { :; }", "LC_ALL": "C",
-    }  # fmt: skip
+    }
     if box.person.uid == 0:  # the linker would ask for it on standard error
         del env["LD_PRELOAD"]
     done = box.run("cat", "/proc/self/environ", options=("--env", "BOTH=request", "-e", "UNSET"), env=env)
@@ -304,7 +320,7 @@ def test_precedence(box: Box) -> None:
     assert {name: seen.get(name) for name in ("FOO", "KEPT", "SITE", "BOTH", "HOME", "PMI_RANK", "SLURM_PROCID")} == {
         "FOO": "from-image", "KEPT": "host", "SITE": "site", "BOTH": "request", "HOME": "/tmp", "PMI_RANK": "3",
         "SLURM_PROCID": "3",
-    }  # fmt: skip
+    }
     assert (seen["PATH"], seen["PWD"], seen["LC_ALL"]) == ("/bin:/opt/tools", str(box.person.home), "C")
     assert "PMIX_RANK" not in seen
     hidden = {"LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "BASH_ENV", "CONDA_PREFIX", "VIRTUAL_ENV", "UNSET"}
@@ -312,9 +328,9 @@ def test_precedence(box: Box) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "C.UTF-8", "C", "de_DE.UTF-8"])
-def test_no_locale_is_added_or_taken(box: Box, given: str | None) -> None:
+def test_no_locale_is_added_or_changed(either: Box, given: str | None) -> None:
     """Python started with the C locale sets LC_CTYPE for its children (PEP 538)."""
-    assert environment(box, env={"LANG": None, "LC_CTYPE": given}).get("LC_CTYPE") == given
+    assert environment(either, env={"LANG": None, "LC_CTYPE": given}).get("LC_CTYPE") == given
 
 
 # ---- streams, signals, exit codes
@@ -322,25 +338,22 @@ def test_no_locale_is_added_or_taken(box: Box, given: str | None) -> None:
 
 def test_standard_input_is_piped_through(box: Box) -> None:
     data = random.Random(1).randbytes(2 << 20)
-    done = subprocess.run(
-        ["setpriv", f"--reuid={box.person.uid}", f"--regid={box.person.gid}", "--clear-groups", *box.argv(("sha256sum",))],
-        input=data, env=box.person.env, cwd=box.person.home, capture_output=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
+    done = box.run("sha256sum", input=data.decode("latin-1"), encoding="latin-1")
+    assert done.stdout.split()[0] == hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3, 77, 78, 124, 125, 126, 127, 128, 129, 137, 255])
-def test_exit_code_is_the_commands(box: Box, code: int) -> None:
-    done = box.sh(f"exit {code}")
+@pytest.mark.parametrize("code", [0, 1, 77, 125, 126, 127, 128, 137, 255])
+def test_exit_code_is_the_commands(either: Box, code: int) -> None:
+    done = either.sh(f"exit {code}")
     assert (done.returncode, done.stderr) == (code, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGPIPE, signal.SIGINT])
-def test_death_by_a_signal(box: Box, number: signal.Signals) -> None:
+def test_death_by_a_signal(either: Box, number: signal.Signals) -> None:
     script = f"kill -{int(number)} $$"
-    assert box.sh(script).returncode == -number
-    shell = ["sh", "-c", '"$@"; echo $?', "sh", *box.argv(("sh", "-c", script))]
-    assert box.person.run(shell).stdout == f"{128 + number}\n"
+    assert either.sh(script).returncode == -number
+    shell = ["sh", "-c", '"$@"; echo $?', "sh", *either.argv(("sh", "-c", script))]
+    assert either.person.run(shell).stdout == f"{128 + number}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
@@ -371,16 +384,17 @@ def test_the_command_gets_no_descriptor_of_ours(box: Box) -> None:
     assert extra[0].endswith("/lock")
 
 
-def test_closed_standard_streams(box: Box) -> None:
-    """A container's bookkeeping must not end up as somebody's standard output."""
-    script = 'exec "$@" <&- >&- 2>&-'
-    command = ("sh", "-c", "ls /proc/$$/fd | wc -l >/tmp/$1; readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2 >>/tmp/$1")
-    with tempfile.NamedTemporaryFile(dir="/tmp") as note:
-        os.chown(note.name, box.person.uid, box.person.gid)
-        done = box.person.run(["sh", "-c", script, "sh", *box.argv((*command, "sh", Path(note.name).name))])
-        lines = Path(note.name).read_text().splitlines()
-    assert done.returncode in (0, 1)
-    assert not [line for line in lines[1:] if line.endswith("/lock") or "squashfuse" in line or line.endswith("/fuse")]
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_closed_standard_streams(box: Box, closed: str, workspace: Path) -> None:
+    """Neither the lease nor the FUSE device becomes standard input or output; what was closed is /dev/null."""
+    note = workspace / "note"
+    note.touch()
+    os.chown(note, box.person.uid, box.person.gid)
+    inside = f'for fd in {closed}; do link=$(readlink /proc/$$/fd/$fd); (echo $link >>"$1"); done'
+    closing = " ".join(f"{fd}>&-" for fd in closed.split())
+    argv = ["sh", "-c", f'exec "$@" {closing}', "sh", *box.argv(("sh", "-c", inside, "sh", note))]
+    done = box.person.run(argv, stdin=subprocess.PIPE)
+    assert (done.returncode, note.read_text().split()) == (0, ["/dev/null"] * len(closed.split())), done.stderr
 
 
 # ---- lease and FUSE server
@@ -419,10 +433,12 @@ def test_command_substitution_returns_and_nothing_stays(box: Box) -> None:
 def test_background_processes_keep_the_container(box: Box, workspace: Path) -> None:
     os.chown(workspace, box.person.uid, box.person.gid)
     go, result = workspace / "go", workspace / "result"
-    script = '(while [ ! -e "$1" ]; do sleep 0.02; done; cat /data/real/file >"$2.new"; mv "$2.new" "$2") &'
-    assert box.out(f"exec 2>/dev/null; {{ {script} }} >/dev/null </dev/null", go, result) == ""
-    assert box.in_use()
-    go.touch()
+    script = 'while [ ! -e "$1" ]; do sleep 0.02; done; cat /data/real/file >"$2.new"; mv "$2.new" "$2"'
+    try:
+        assert box.out('sh -c "$@" </dev/null >/dev/null 2>&1 &', script, "sh", go, result) == ""
+        assert box.in_use()
+    finally:
+        go.touch()
     eventually(result.exists, "the grandchild reads the image")
     assert result.read_text() == "of the image\n"
     eventually(lambda: not box.in_use(), "the lease ends with the last process")
@@ -471,27 +487,27 @@ def test_bind_relative_to_the_current_directory(box: Box, elsewhere: Path) -> No
 
 
 def test_bind_read_only_is_so_with_what_is_mounted_below(box: Box, elsewhere: Path) -> None:
-    (elsewhere / "sub mount").mkdir()
-    command = box.argv(
-        ("sh", "-c", 'for d in /mnt "/mnt/sub mount"; do echo x >"$d/f" && echo wrote; done 2>/dev/null; cat "/mnt/sub mount/in"'),
-        ("--bind", f"{elsewhere}:/mnt:ro"),
-    )  # fmt: skip
-    script = 'mount -t tmpfs -o mode=777 x "$1/sub mount"; echo below >"$1/sub mount/in"; shift; exec "$@"'
+    below = elsewhere / "sub mount"
+    below.mkdir()
+    write = 'for d in "$1" "$1/sub mount"; do (echo x >"$d/f") 2>/dev/null && echo wrote; done; cat "$1/sub mount/in"'
+    command = box.argv(("sh", "-c", write, "sh", "/mnt"), ("--bind", f"{elsewhere}:/mnt:ro"))
+    mount = 'mount -t tmpfs -o mode=777 x "$1"; echo below >"$1/in"; shift; exec "$@"'
     identity = ["setpriv", f"--reuid={box.person.uid}", f"--regid={box.person.gid}", "--clear-groups"]
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-ec", script, "sh", elsewhere, *identity, *command],
+        ["unshare", "--mount", "sh", "-ec", mount, "sh", below, *identity, *command],
         env=box.person.env, cwd=box.person.home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    )
     assert (done.stdout, done.stderr) == ("below\n", "")
     assert os.listdir(elsewhere) == ["sub mount"]
 
 
 def test_bind_into_a_path_that_the_image_lacks(box: Box, elsewhere: Path) -> None:
-    (elsewhere / "in").write_text("deep")
-    options = ("--bind", f"{elsewhere}:/new/very/deep", "--bind", f"{elsewhere}:/usr/lib/deep")
-    assert box.out("cat /new/very/deep/in /usr/lib/deep/in; ls /data /usr", options=options).split() == [
-        "deepdeepabsolute", "closed", "escape", "file-link", "link", "loop", "real", "lib",
-    ] or box.out("ls /data", options=options).split()  # fmt: skip
+    """The mount point appears, and everything beside it is still the image's."""
+    (elsewhere / "in").write_text("deep\n")
+    options = ("--bind", f"{elsewhere}:/new/very/deep", "--bind", f"{elsewhere}:/data/deep")
+    said = box.out("cat /new/very/deep/in /data/deep/in; ls /data; cat /data/real/file", options=options)
+    beside = ["absolute", "closed", "deep", "escape", "file-link", "link", "loop", "real"]
+    assert said.splitlines() == ["deep", "deep", *beside, "of the image"]
 
 
 def test_binds_nest(box: Box, elsewhere: Path) -> None:
@@ -525,8 +541,8 @@ def test_bind_a_file_in_the_place_of_a_link(box: Box, elsewhere: Path) -> None:
     assert box.out("cat /data/file-link /data/real/file", options=options) == "hereof the image\n"
 
 
-def test_bind_over_a_link_to_itself(box: Box, elsewhere: Path) -> None:
-    done = box.run("true", options=("--bind", f"{elsewhere}:/data/loop"))
+def test_bind_over_a_link_to_itself(either: Box, elsewhere: Path) -> None:
+    done = either.run("true", options=("--bind", f"{elsewhere}:/data/loop"))
     assert done.returncode == 125
     assert done.stderr.startswith("wrapped-run: too many symbolic links in the image at /data/loop")
 
@@ -543,34 +559,30 @@ def test_bind_over_a_link_to_itself(box: Box, elsewhere: Path) -> None:
         ("{dir}:/mnt:rx", "bad bind"),
         (":/mnt", "bad bind"),
         ("{dir}:/" + "x" * 300, "File name too long"),
-        ("{dir}:" + "/long" * 1000, "File name too long"),
-        ("/" + "x" * 5000, "File name too long"),
+        ("{dir}:" + "/long" * 1000, "the kernel refused"),
+        ("/" + "x" * 5000, "bind source /xxx"),
     ],
     ids=lambda text: text[:30],
 )
-def test_binds_that_cannot_be(box: Box, elsewhere: Path, bind: str, words: str) -> None:
+def test_binds_that_cannot_be(either: Box, elsewhere: Path, bind: str, words: str) -> None:
     (elsewhere / "file").touch()
-    done = box.run("echo", "started", options=("--bind", bind.format(dir=elsewhere)))
+    done = either.run("echo", "started", options=("--bind", bind.format(dir=elsewhere)))
     assert (done.returncode, done.stdout) == (125, "")
     assert done.stderr.startswith("wrapped-run: ")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_bind_from_where_only_the_user_gets(box: Box, elsewhere: Path) -> None:
-    """A source is opened by the user's own rights: what he may read is bound, what he may not is refused."""
+def test_bind_of_what_the_user_may_not_read(boxes: Callable[[str], Box], elsewhere: Path) -> None:
+    """Sources are opened with the user's own rights, never with those that he has in his namespace."""
     closed = elsewhere / "closed"
     closed.mkdir()
     (closed / "secret").write_text("secret")
     closed.chmod(0o700)
-    done = box.out if box.person.uid == 0 else None
     options = ("--bind", f"{closed}/secret:/mnt/secret")
-    if done:
-        assert done("cat /mnt/secret", options=options) == "secret"
-    else:
-        refused = box.run("true", options=options)
-        assert refused.returncode == 125
-        assert "Permission denied" in refused.stderr
+    assert boxes("root-squashfs").out("cat /mnt/secret", options=options) == "secret"
+    refused = boxes("swtester-squashfs").run("true", options=options)
+    assert (refused.returncode, "Permission denied" in refused.stderr) == (125, True)
 
 
 def test_binds_of_the_site(box: Box, elsewhere: Path) -> None:
@@ -591,8 +603,8 @@ def test_workdir(box: Box, path: str) -> None:
     ("path", "words"),
     [("/none", "No such file"), ("/data/real/file", "Not a directory"), ("/data/loop", "Too many levels")],
 )
-def test_workdir_that_is_not_there(box: Box, path: str, words: str) -> None:
-    done = box.run("pwd", options=("-w", path))
+def test_workdir_that_is_not_there(either: Box, path: str, words: str) -> None:
+    done = either.run("pwd", options=("-w", path))
     assert (done.returncode, done.stdout) == (125, "")
     assert f"working directory {path}: {words}" in done.stderr
 
@@ -614,14 +626,14 @@ def test_workdir_that_is_not_there(box: Box, path: str, words: str) -> None:
         ((), ("../opt/tools/tool",), ["tool"]),
     ],
 )
-def test_what_runs(box: Box, options: tuple[str, ...], command: tuple[str, ...], said: list[str]) -> None:
+def test_what_runs(either: Box, options: tuple[str, ...], command: tuple[str, ...], said: list[str]) -> None:
     options = ("--workdir", "/work", *options)
-    done = box.run(*command, options=options)
+    done = either.run(*command, options=options)
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, said, "")
 
 
-def test_no_entrypoint_runs_cmd_alone(box: Box) -> None:
-    done = box.run(options=("--no-entrypoint",))
+def test_no_entrypoint_runs_cmd_alone(tester_box: Box) -> None:
+    done = tester_box.run(options=("--no-entrypoint",))
     assert done.returncode == 127
     assert "cmd: not found in the image" in done.stderr
 
@@ -633,9 +645,9 @@ def test_an_image_without_a_command(registry: StockedRegistry, tester_box: Box) 
     assert "the image names no command to run" in done.stderr
 
 
-def test_the_search_ignores_what_cannot_be_run(box: Box) -> None:
+def test_the_search_ignores_what_cannot_be_run(either: Box) -> None:
     env = ("--env", "PATH=/none:/opt/directory:/opt:/opt/tools:/bin")
-    assert box.run("tool", options=env).stdout == "tool\n"
+    assert either.run("tool", options=env).stdout == "tool\n"
 
 
 @pytest.mark.parametrize(
@@ -651,13 +663,12 @@ def test_the_search_ignores_what_cannot_be_run(box: Box) -> None:
         ("", 125, "the image names no command to run"),
     ],
 )
-def test_commands_that_cannot_start(box: Box, command: str, code: int, words: str) -> None:
-    done = box.run(command)
+def test_commands_that_cannot_start(either: Box, command: str, code: int, words: str) -> None:
+    done = either.run(command)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("wrapped-run: ")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not box.in_use()
 
 
 def test_ten_thousand_arguments(box: Box) -> None:
@@ -672,23 +683,18 @@ def test_arguments_are_bytes(box: Box) -> None:
     assert done.stdout == "".join(f"{word}\n" for word in words)
 
 
-def test_arguments_beyond_the_kernels_limit(tester_box: Box) -> None:
-    """The launcher itself could just be started; in the container the environment is a little larger."""
-    pad = "x" * 120_000
-    done = tester_box.run("true", options=tuple(f"--env=V{number}={pad}" for number in range(16)))
-    assert done.returncode in (0, 126)
-    assert "Traceback" not in done.stderr
-
-
 # ---- a writable root
 
 
-def test_writable_tmpfs(box: Box) -> None:
+def test_writable_tmpfs(box: Box, request: pytest.FixtureRequest) -> None:
+    if box.person.uid and box.kind == "squashfs":
+        reason = "squashfuse_ll shows root's files, which no user namespace of one uid may change"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     script = """
         set -e; echo new >/etc/new; mkdir /work/sub; rm /data/real/file; echo changed >/etc/os-release
         cat /etc/new /etc/os-release; ls -d /work/sub; ls /data/real"""
     assert box.out(script, options=("--writable-tmpfs",)) == "new\nchanged\n/work/sub\n"
-    assert box.out("cat /data/real/file; ls /etc/new /work 2>/dev/null; head -c 4 /etc/os-release || true") == (
+    assert box.out("cat /data/real/file; ls -A /work; head -c 4 /etc/os-release; test ! -e /etc/new") == (
         "of the image\nNAME"
     )
     assert box.person.run(["shifterwrap", "verify"]).returncode == 0
@@ -763,34 +769,35 @@ JOIN = """
 import os, sys
 from shifterwrap import cache, host, plan
 from shifterwrap.runtimes import embedded
-pid = sys.argv[1]
+pid, *command = sys.argv[1:]
 facts = host.probe("/usr/bin:/bin")
 user = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY) if facts.uid else -1
 mount = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
-image = plan.Image("", cache.SQUASHFS, (), (), (), "/")
-who = plan.User(facts.uid, facts.gid, "", "", "", "")
-made = plan.Plan(image, (), (), {"PATH": "/bin"}, frozenset(), "/", ("/data/real",), True, ("sh", "-c", sys.argv[2]), False, who)
+made = plan.Plan(
+    image=plan.Image("", cache.SQUASHFS, (), (), (), "/"), base=(), binds=(), env={"PATH": "/bin"},
+    overrides=frozenset(), cwd="/", workdirs=("/data/real",), strict_workdir=True, argv=tuple(command),
+    writable_tmpfs=False, user=plan.User(facts.uid, facts.gid, "", "", "", ""),
+)
 embedded.run(made, facts, -1, embedded.Namespaces(user, mount))
 """
 
 
 def test_a_second_process_joins_the_container(box: Box) -> None:
-    script = "pwd; cat file; readlink /proc/self/ns/mnt /proc/self/ns/user; id -u"
+    script = "pwd; cat file; readlink /proc/self/ns/mnt; readlink /proc/self/ns/user; id -u"
     with box.running() as process:
-        joined = box.person.run([sys.executable, "-c", JOIN, str(process.pid), script], cwd="/")
+        joined = box.person.run([sys.executable, "-c", JOIN, str(process.pid), "sh", "-c", script], cwd="/")
         spaces = [os.readlink(f"/proc/{process.pid}/ns/{kind}") for kind in ("mnt", "user")]
     assert (joined.stderr, joined.returncode) == ("", 0)
     assert joined.stdout.splitlines() == ["/data/real", "of the image", *spaces, str(box.person.uid)]
 
 
-def test_an_image_larger_than_memory_maps_can_be_read_by_many(boxes: Callable[[str], Box]) -> None:
-    """Several readers of one squashfuse_ll at once."""
-    box = boxes("swtester-squashfs")
+def test_several_readers_at_once(tester_box: Box) -> None:
     script = "for i in 1 2 3 4 5 6 7 8; do sha256sum /bin/busybox & done; wait"
-    assert len(set(box.out(script).splitlines())) == 1
+    lines = tester_box.out(script).splitlines()
+    assert (len(lines), set(lines)) == (8, {f"{hashlib.sha256(BUSYBOX.read_bytes()).hexdigest()}  /bin/busybox"})
 
 
-def test_extra_layers_do_not_hide_mount_points(registry: StockedRegistry, tester_box: Box) -> None:
+def test_an_image_without_any_directory(registry: StockedRegistry, tester_box: Box) -> None:
     """An image with nothing but one program has no directory to mount on; all of them are made."""
     image = published(registry, "bare", [Image([Layer(tar([file("sh", BUSYBOX.read_bytes(), mode=0o755)]))], {})])
     done = tester_box._replace(image=image).run("/sh", "-c", "echo /*; cat /etc/passwd")

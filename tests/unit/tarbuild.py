@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import os
+import stat
 import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from shifterwrap.convert import flatten, layer, readback, squashfs, tar
 from shifterwrap.convert.decode import decode
-from shifterwrap.convert.tree import FILE, SYMLINK, Node, Tree, walk
+from shifterwrap.convert.tree import CHARACTER, DIRECTORY, FILE, SYMLINK, Node, Tree, walk
 from shifterwrap.events import ignore
 from tests.testbed import ocilayout
 from tests.testbed.ocilayout import Member
@@ -103,7 +106,7 @@ def raw_header(name: bytes, kind: bytes = b"0", size: int = 0, link: bytes = b""
         ("mode", 100, b"0000644\0"), ("uid", 108, b"0000000\0"), ("gid", 116, b"0000000\0"),
         ("size", 124, b"%011o\0" % size), ("mtime", 136, b"00000000000\0"), ("magic", 257, b"ustar\00000"),
         ("major", 329, b"0000000\0"), ("minor", 337, b"0000000\0"), ("prefix", 345, b""), ("tail", 386, b""),
-    ):  # fmt: skip
+    ):
         value = fields.get(field, default)
         block[at : at + len(value)] = value
     block[156:157] = kind
@@ -116,8 +119,44 @@ def unsquashed(path: Path, tmp: Path) -> Path:
     """The image as unsquashfs, another implementation, extracts it."""
     target = tmp / f"unsquashed-{path.name}"
     subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-d", str(target), str(path)], check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+                   stdout=subprocess.DEVNULL)
     return target
+
+
+def status_of(root: Path) -> dict[bytes, tuple[object, ...]]:
+    """Everything below ``root`` as lstat tells it, with content."""
+    result: dict[bytes, tuple[object, ...]] = {}
+    first: dict[int, bytes] = {}
+    base = os.fsencode(root)
+    for directory, directories, names in os.walk(base):
+        for name in [b"", *names, *(d for d in directories if os.path.islink(os.path.join(directory, d)))]:
+            path = os.path.join(directory, name) if name else directory
+            status = os.lstat(path)
+            kind = stat.S_IFMT(status.st_mode)
+            detail: object = b""
+            if kind == FILE:
+                detail = (status.st_size, zlib_crc(Path(os.fsdecode(path)).read_bytes()))
+            elif kind == SYMLINK:
+                detail = os.readlink(path)
+            elif kind in (CHARACTER, stat.S_IFBLK):
+                detail = (os.major(status.st_rdev), os.minor(status.st_rdev))
+            short = os.path.relpath(path, base).replace(b".", b"", 1) if path == base else os.path.relpath(path, base)
+            group = first.setdefault(status.st_ino, short) if kind != DIRECTORY else short
+            result[short] = (kind, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, int(status.st_mtime),
+                             detail, group)
+    return result
+
+
+@contextlib.contextmanager
+def mounted(path: Path) -> Iterator[Path]:
+    """The image as Linux itself mounts it."""
+    root = path.with_name(f"mounted-{path.name}")
+    root.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "squashfs", "-o", "loop,ro", str(path), str(root)], check=True)
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
 
 
 def zlib_crc(data: bytes) -> int:

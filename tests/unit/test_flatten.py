@@ -70,7 +70,7 @@ def test_F05_opaque_before_or_after_siblings(position: int) -> None:
     lower = [directory("d"), file("d/old", b"1"), directory("d/s", mode=0o700), file("d/s/old", b"1")]
     assert merged(lower, upper) == {
         "d": "d711", "d/new": "f644 2", "d/s": "d755", "d/s/deep": "f644 3",
-    }  # fmt: skip
+    }
 
 
 def test_F05_opaque_root() -> None:
@@ -96,7 +96,7 @@ def test_F08_whiteout_of_a_symlink_and_an_entry_below_its_name() -> None:
     lower = [file("e/keep", b"1"), symlink("d", "e")]
     assert merged(lower, [whiteout("d"), file("d/new", b"2")]) == {
         "d": "d755", "e": "d755", "d/new": "f644 2", "e/keep": "f644 1",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", [".wh.", "d/.wh."])
@@ -130,7 +130,7 @@ def test_F12_whiteout_through_a_symlinked_parent_stays_inside() -> None:
 
 @pytest.mark.parametrize("member", [
     hardlink(".wh.x", "y"), symlink(".wh.x", "/y"), directory(".wh.x"), fifo(".wh.x"), device(".wh.x", b"3", 0, 0),
-])  # fmt: skip
+])
 def test_F13_a_whiteout_may_be_of_any_type(member: Member) -> None:
     assert names(merged([file("x"), file("y")], [member])) == ["y"]
 
@@ -157,7 +157,7 @@ def test_F15_directory_over_symlink_replaces_it() -> None:
     lower = [file("usr/lib/x", b"1"), symlink("lib", "usr/lib")]
     assert merged(lower, [directory("lib"), file("lib/y", b"2")]) == {
         "lib": "d755", "usr": "d755", "lib/y": "f644 2", "usr/lib": "d755", "usr/lib/x": "f644 1",
-    }  # fmt: skip
+    }
 
 
 def test_F15_symlink_over_a_directory_with_content() -> None:
@@ -199,7 +199,7 @@ def test_F18_the_last_of_two_entries_wins() -> None:
     assert merged([file("x", b"1"), file("x", b"2")]) == {"x": "f644 2"}
     assert merged([file("x", b"1"), symlink("x", "y"), directory("x"), file("x/z", b"3"), directory("x")]) == {
         "x": "d755", "x/z": "f644 3",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", ["a/b", "./a/b", "/a/b", "a//b", "a/./b", "a/b/", "///a/b"])
@@ -244,7 +244,7 @@ def test_F20_to_a_file_of_a_lower_layer() -> None:
 @pytest.mark.parametrize("later", [
     [whiteout("a"), hardlink("c", "d/b")], [file("a", b"2"), hardlink("c", "d/b")],
     [directory("a"), hardlink("c", "d/b")], [hardlink("c", "d/b"), opaque("")],
-])  # fmt: skip
+])
 def test_F20_content_survives_what_happens_to_its_first_name(later: list[Member]) -> None:
     assert merged([file("a", b"1")], [hardlink("d/b", "a")], later)["c"] == "f644 1"
 
@@ -315,7 +315,7 @@ def test_F22_set_id_bits_by_policy() -> None:
 
 def test_F22_policy_root_is_chmod_a_plus_rX_and_root_owned() -> None:
     tree = merge(archive(directory("d", mode=0, uid=4), file("x", mode=0o100, gid=5), file("n", mode=0), fifo("p", mode=0)),
-                 policy="root")  # fmt: skip
+                 policy="root")
     modes = {path: child.mode for path, child in walk(tree.root)}
     assert modes == {b"": 0o755, b"d": 0o555, b"x": 0o555, b"n": 0o444, b"p": 0o444}
     assert {(child.uid, child.gid) for _, child in walk(tree.root)} == {(0, 0)}
@@ -333,7 +333,7 @@ def test_F24_large_and_numeric_owners() -> None:
     tree = merge(big, archive(named), archive(pax({"uid": b"4000000000", "gid": b"1"}), file("z")))
     assert [(node(tree, p).uid, node(tree, p).gid) for p in (b"x", b"y", b"z")] == [
         (2**31 + 3, 2**32 - 2), (77, 0), (4000000000, 1),
-    ]  # fmt: skip
+    ]
     with pytest.raises(ConvertError, match="owner"):
         merge(archive(pax({"uid": b"4294967296"}), file("z")))
 
@@ -345,12 +345,12 @@ def test_F25_extended_attributes() -> None:
         "LIBARCHIVE.xattr.user.per%20cent": b"AAEC", "SCHILY.xattr.security.selinux": b"label",
         "SCHILY.xattr.trusted.overlay.opaque": b"y", "SCHILY.xattr.user.overlay.origin": b"",
         "SCHILY.xattr.user.rootlesscontainers": b"x", "SCHILY.xattr.system.posix_acl_access": b"acl",
-    })  # fmt: skip
+    })
     data = archive(records, file("x"))
     tree = merge(data)
     assert node(tree, b"x").xattrs == {
         b"security.capability": capability, b"user.text": b"a=b\nc", b"user.per cent": b"\0\1\2",
-    }  # fmt: skip
+    }
     assert tree.warnings == ["dropped attribute system.posix_acl_access of /x"]
     assert node(merge(data, policy="root"), b"x").xattrs is None
 
@@ -362,7 +362,7 @@ def test_F26_devices_and_fifos() -> None:
     assert [path for path, _ in walk(tree.root)] == [b"", b"d", b"p"]
     assert tree.warnings == [
         "dropped character device /m (1, 3)", "dropped character device /n (1, 3)", "dropped block device /d/b (8, 1)",
-    ]  # fmt: skip
+    ]
 
 
 def test_F26_device_numbers_that_linux_does_not_have() -> None:
@@ -373,7 +373,7 @@ def test_F26_device_numbers_that_linux_does_not_have() -> None:
 
 def test_F27_sparse_files() -> None:
     data = archive(pax({"GNU.sparse.map": b"2,3,10,1", "GNU.sparse.size": b"12", "GNU.sparse.name": b"s"}),
-                   file("GNUSparseFile.0/s", b"abcd"))  # fmt: skip
+                   file("GNUSparseFile.0/s", b"abcd"))
     tree = merge(data)
     assert content(node(tree, b"s"), [data]) == b"\0\0abc\0\0\0\0\0d\0"
     assert tree.live_bytes == 4
@@ -388,7 +388,7 @@ def test_F28_long_names_reach_the_tree() -> None:
     name, target = "/".join(["n" * 200] * 3), "t" * 300
     assert merged([file(name, b"1"), symlink("s", target)]) == {
         "n" * 200: "d755", "s": f"l777 {target}", "/".join(["n" * 200] * 2): "d755", name: "f644 1",
-    }  # fmt: skip
+    }
 
 
 def test_F29_names_are_bytes() -> None:

@@ -45,7 +45,7 @@ def test_every_format_of_pythons_tarfile(format: int) -> None:
     found = read(out.getvalue())
     assert [(m.path, m.kind) for m in found] == [
         (b"x", DIRECTORY), (b"s", SYMLINK), (b"p", FIFO), (name.encode(), FILE),
-    ]  # fmt: skip
+    ]
     assert found[0][2:6] == (0o711, 1000, 2000, 5)
     assert out.getvalue()[found[3].offset :][:3] == b"abc"
 
@@ -82,7 +82,7 @@ def test_star_keeps_times_behind_a_shorter_prefix() -> None:
 @pytest.mark.parametrize(("field", "value"), [
     (b"0000123\0", 0o123), (b"    123 ", 0o123), (b"123\0junk", 0o123), (b"\0\0\0\0\0\0\0\0", 0), (b"        ", 0),
     (b"\x80\0\0\0\0\0\x01\0", 256), (b"\x80" + b"\0" * 3 + b"\xff\xff\xff\xfe", 2**32 - 2),
-])  # fmt: skip
+])
 def test_numbers(field: bytes, value: int) -> None:
     assert one(raw_header(b"x", uid=field)).uid == value
 
@@ -130,7 +130,7 @@ def test_F28_gnu_long_names_and_links() -> None:
     name, target = b"d/" * 100 + b"x", b"t/" * 120
     data = (raw_header(b"././@LongLink", b"L", len(name) + 1) + padded(name + b"\0")
             + raw_header(b"././@LongLink", b"K", len(target) + 1) + padded(target + b"\0")
-            + raw_header(b"short", b"2", link=b"short"))  # fmt: skip
+            + raw_header(b"short", b"2", link=b"short"))
     assert one(data)[:8:7] == (name, target)
 
 
@@ -168,7 +168,7 @@ def test_F28_two_sizes_that_disagree_are_refused(ustar: int, said: bytes) -> Non
 @pytest.mark.parametrize("body", [
     b"5 path\n", b"99 path=x\n", b"10 path=xy", b"path=x\n", b"-3 a=b\n", b"6 =abc\n", b"0 a=b\n", b"1 a=b\n",
     b"6 a=b\npath=x\n",
-])  # fmt: skip
+])
 def test_F28_malformed_pax_headers(body: bytes) -> None:
     with pytest.raises(ConvertError, match="malformed PAX"):
         read(raw_header(b"h", b"x", len(body)) + padded(body) + raw_header(b"x"))
@@ -208,7 +208,7 @@ def test_unknown_types_are_an_error() -> None:
 @pytest.mark.parametrize("options", [
     ["--format=gnu"], ["--format=posix", "--sparse-version=0.0"], ["--format=posix", "--sparse-version=0.1"],
     ["--format=posix", "--sparse-version=1.0"],
-])  # fmt: skip
+])
 @pytest.mark.parametrize("regions", [1, 3, 5, 40])
 def test_F27_sparse_files_of_gnu_tar(tmp_path: Path, options: list[str], regions: int) -> None:
     with (tmp_path / "sparse").open("wb") as out:
@@ -218,7 +218,7 @@ def test_F27_sparse_files_of_gnu_tar(tmp_path: Path, options: list[str], regions
         out.truncate(regions << 18)
     (tmp_path / "after").write_bytes(b"after")
     data = subprocess.run(["tar", "-S", *options, "-C", str(tmp_path), "-cf", "-", "sparse", "after"],
-                          check=True, stdout=subprocess.PIPE).stdout  # fmt: skip
+                          check=True, stdout=subprocess.PIPE).stdout
     tree = merge(data)
     assert tree.root.children[b"sparse"].sparse is not None
     assert content(tree.root.children[b"sparse"], [data]) == (tmp_path / "sparse").read_bytes()
@@ -238,7 +238,7 @@ def test_F27_maps_are_bounded() -> None:
         read(archive(records, file("x", huge + b"1\n" * (1 << 20))))
     more = b"1" + bytes(7)
     endless = (_with(raw_header(b"x", b"S"), 386, b"00000000000\0" * 8 + b"\1")
-               + (b"00000000000\0" * 42 + more) * 3000)  # fmt: skip
+               + (b"00000000000\0" * 42 + more) * 3000)
     with pytest.raises(ConvertError, match="too many regions"):
         read(endless)
 
@@ -264,7 +264,7 @@ def test_F31_ends_that_go_accepts(tail: bytes) -> None:
     (raw_header(b"x") + bytes(512) + raw_header(b"y"), "zero block between"),
     (raw_header(b"h", b"x", 100), "inside an extended header"),
     (b"<html>not a tar</html>" * 40, "not a tar|bad number"),
-])  # fmt: skip
+])
 def test_F31_truncated_and_foreign_streams(data: bytes, why: str) -> None:
     with pytest.raises(ConvertError, match=why):
         read(data)
@@ -293,7 +293,7 @@ def test_too_many_entries() -> None:
 def test_F36_damaged_tars_end_in_a_clean_error() -> None:
     chosen = random.Random(5)
     good = archive(pax({"path": b"long" * 30, "GNU.sparse.map": b"0,4", "GNU.sparse.size": b"9"}), file("s", b"data"),
-                   directory("d"), hardlink("h", "d"), symlink("l", "d"), file("f", b"x" * 600))  # fmt: skip
+                   directory("d"), hardlink("h", "d"), symlink("l", "d"), file("f", b"x" * 600))
     for _ in range(3000):
         bad = bytearray(good)
         for _ in range(chosen.randint(1, 4)):
