@@ -29,7 +29,13 @@ class Context(NamedTuple):
 def main() -> int:
     """The program."""
     args = _parser().parse_args()
-    return guard(PROG, lambda: _dispatch(args), admin=True, json=bool(args.json))
+    return guard(PROG, lambda: _flushed(_dispatch(args)), admin=True, json=bool(args.json))
+
+
+def _flushed(code: int) -> int:
+    """Meet a closed pipe while guard() looks; at exit Python would complain about it."""
+    sys.stdout.flush()
+    return code
 
 
 def _dispatch(args: argparse.Namespace) -> int:
@@ -248,7 +254,7 @@ def _unpin(context: Context) -> int:
 def _gc(context: Context) -> int:
     """Remove what dead pulls left, then what is over the limits or unused for too long."""
     args, settings = context.args, context.settings
-    limit = args.max_bytes if args.max_bytes is not None else settings.cache_max_bytes
+    limit = settings.cache_max_bytes if args.max_bytes is None else max(args.max_bytes, 1)  # 0 would be no limit
     need = store.shortage(context.root, 0, limit, settings.cache_min_free_bytes)
     now = time.time()
     candidates = store.candidates(context.root)

@@ -186,14 +186,15 @@ def one_line(text: object) -> str:
 
 def from_record(record: Mapping[str, object]) -> Error:
     """The error that another process recorded; an id of another version becomes a plain :class:`Error`."""
-    kind = _classes().get(str(record.get("id", "")), Error)
+    kind = classes().get(str(record.get("id", "")), Error)
     return kind(str(record.get("message", "failed")), str(record.get("hint", "")))
 
 
-def _classes(base: type[Error] = Error) -> dict[str, type[Error]]:
+def classes(base: type[Error] = Error) -> dict[str, type[Error]]:
+    """Every error there is, by its id."""
     found = {base.__name__: base}
     for sub in base.__subclasses__():
-        found.update(_classes(sub))
+        found.update(classes(sub))
     return found
 
 

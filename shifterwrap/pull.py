@@ -118,7 +118,9 @@ class _Layers:
             for chunk in chunks:
                 if self._stopped.is_set():
                     raise _Stopped
-                blob.write(chunk)
+                left = memoryview(chunk)
+                while left:  # a disk that becomes full takes a part first, without an error
+                    left = left[blob.write(left) :]
                 yield chunk
 
 

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "oci": "errors values",
     "request": "errors oci values",
     "config": "errors values",
-    "sitefile": "errors config yaml",
+    "sitefile": "errors config oci request yaml",
     "host": "errors linux values",
     "progress": "errors events",
     # the cache

@@ -25,6 +25,7 @@ _NONE = 2**64 - 1  # the start of a table that is not there
 _NO_FRAGMENT = _NO_XATTR = 2**32 - 1
 _METADATA_BYTES = 8192
 _STORED_RAW = 1 << 24  # of a data block's size: it is not compressed
+_RAW_METADATA = 1 << 15  # of a metadata block's size: it is not compressed
 _HAS_OPTIONS = 1 << 10  # of the flags
 _KINDS = (DIRECTORY, FILE, SYMLINK, BLOCK, CHARACTER, FIFO, SOCKET)  # inode types 1..7, and 8..14 extended
 _XATTR_SPACES = {0: b"user.", 1: b"trusted.", 2: b"security."}
@@ -153,13 +154,13 @@ class _Metadata:
         at = self._start + block
         header = os.pread(self._fd, 2, at) if self._start <= at <= self._end - 3 else b""
         word = int.from_bytes(header, "little")
-        size = word & 0x7FFF
+        size = word & (_RAW_METADATA - 1)
         if len(header) < 2 or not 0 < size <= _METADATA_BYTES or at + 2 + size > self._end:
             raise ConvertError("the image is damaged: a table lies outside of its place")
         data = os.pread(self._fd, size, at + 2)
         if len(data) < size:
             raise ConvertError("the image is truncated")
-        return data if word & 0x8000 else self._decompress(data, _METADATA_BYTES), block + 2 + size
+        return data if word & _RAW_METADATA else self._decompress(data, _METADATA_BYTES), block + 2 + size
 
 
 class Image:
@@ -170,13 +171,20 @@ class Image:
         try:
             self.superblock = sb = _superblock(self._fd, path)
             self._decompress = decompressor(sb.compressor)
+            self._check_options()
             end = sb.bytes_used
-            self._ids = [word for (word,) in struct.iter_unpack("<I", self._table(sb.id_table, sb.ids, 4, end))]
-            raw = self._table(sb.fragment_table, sb.fragments, 16, sb.id_table) if sb.fragments else b""
+            self._xattrs = None
+            if sb.xattr_table != _NONE:
+                self._xattrs = _Xattrs(self._fd, sb, self._decompress)
+                end = self._xattrs.start
+            raw, end = self._table(sb.id_table, sb.ids, 4, end)
+            self._ids = [word for (word,) in struct.iter_unpack("<I", raw)]
+            if sb.export_table != _NONE:
+                _, end = self._table(sb.export_table, sb.inodes, 8, end)
+            raw, end = self._table(sb.fragment_table, sb.fragments, 16, end) if sb.fragments else (b"", end)
             self._fragments = list(struct.iter_unpack("<QII", raw))
             self._inodes = _Metadata(self._fd, sb.inode_table, sb.directory_table, self._decompress)
-            self._lists = _Metadata(self._fd, sb.directory_table, self._lists_end(), self._decompress)
-            self._xattrs = _Xattrs(self._fd, sb, self._decompress) if sb.xattr_table != _NONE else None
+            self._lists = _Metadata(self._fd, sb.directory_table, end, self._decompress)
         except BaseException:
             os.close(self._fd)
             raise
@@ -189,29 +197,39 @@ class Image:
 
     # ---- tables
 
-    def _table(self, start: int, count: int, width: int, end: int) -> bytes:
-        """A table of ``count`` records behind an index of 64-bit block positions at ``start``."""
+    def _check_options(self) -> None:
+        """The compressor's options behind the superblock, where Linux would trip over wrong ones."""
+        sb = self.superblock
+        if not sb.flags & _HAS_OPTIONS:
+            if sb.compressor == "lz4":
+                raise ConvertError("the image is damaged: lz4 without its options")
+            return
+        raw = os.pread(self._fd, 10, _SUPERBLOCK.size)
+        size = 4 if sb.compressor == "zstd" else 8
+        if len(raw) < 10 or int.from_bytes(raw[:2], "little") != (_RAW_METADATA | size):
+            raise ConvertError("the image is damaged: its compressor's options make no sense")
+        if sb.compressor == "lz4" and raw[2:6] != b"\1\0\0\0":  # the version of lz4's format
+            raise ConvertError("the image is damaged: an unknown version of lz4")
+
+    def _table(self, start: int, count: int, width: int, end: int) -> tuple[bytes, int]:
+        """A table of ``count`` records, and where it begins: blocks, then at ``start`` the index of their positions.
+
+        The index ends exactly where the next table begins, at ``end``: Linux mounts no other image.
+        """
         per_block = _METADATA_BYTES // width
         blocks = -(-count // per_block)
-        if start == _NONE or start + 8 * blocks > end:
-            raise ConvertError("the image is damaged: a table lies outside of it")
+        if start == _NONE or not blocks or start + 8 * blocks != end:
+            raise ConvertError("the image is damaged: a table lies outside of its place")
         index = os.pread(self._fd, 8 * blocks, start)
+        positions = [position for (position,) in struct.iter_unpack("<Q", index)]
+        if any(not 2 < after - at <= _METADATA_BYTES + 2 for at, after in zip(positions, [*positions[1:], start])):
+            raise ConvertError("the image is damaged: a table's index makes no sense")
         table = _Metadata(self._fd, 0, start, self._decompress)
         parts = []
-        for (position,) in struct.iter_unpack("<Q", index):
-            wanted = min(count, per_block) * width
-            parts.append(table.read(position, 0, wanted)[0] if position < start else b"")
+        for position in positions:
+            parts.append(table.read(position, 0, min(count, per_block) * width)[0])
             count -= per_block
-        return b"".join(parts)
-
-    def _lists_end(self) -> int:
-        """Where the directory lists end: at the next thing, which is the first block of the next table."""
-        sb = self.superblock
-        places = [table for table in (sb.fragment_table, sb.export_table, sb.id_table) if table != _NONE]
-        for table, count in ((sb.fragment_table, sb.fragments), (sb.id_table, sb.ids), (sb.export_table, sb.inodes)):
-            if table != _NONE and count:
-                places.append(int.from_bytes(os.pread(self._fd, 8, table), "little"))
-        return min(place for place in places if place >= sb.directory_table)
+        return b"".join(parts), positions[0]
 
     # ---- inodes
 
@@ -240,6 +258,8 @@ class Image:
     def block_list(self, inode: Inode) -> bytes:
         """The stored sizes of a file's blocks, 32 bits each; the caller has found its size acceptable."""
         size = self.superblock.block_size
+        if inode.fragment != _NO_FRAGMENT and inode.size % size == 0:
+            raise ConvertError("the image is damaged: a fragment of a file without a tail")  # Linux refuses it too
         whole = inode.size // size if inode.fragment != _NO_FRAGMENT else -(-inode.size // size)
         return self._inodes.read(*inode.position, 4 * whole)[0]
 
@@ -367,11 +387,13 @@ class _Xattrs:
         header = os.pread(fd, 16, at)
         if len(header) < 16:
             raise ConvertError("the image is truncated")
-        values, self._count, _ = struct.unpack("<QII", header)
-        self._ids = _Metadata(fd, 0, end, decompress)
-        index = os.pread(fd, 8 * -(-self._count // 512), at + 16)
-        self._index = [position for (position,) in struct.iter_unpack("<Q", index[: len(index) // 8 * 8])]
-        self._values = _Metadata(fd, values, end, decompress)
+        self.start, self._count, _ = struct.unpack("<QII", header)
+        index_bytes = 8 * -(-self._count // 512)
+        if at + 16 + index_bytes != end or not superblock.directory_table <= self.start <= at:
+            raise ConvertError("the image is damaged: the attributes lie outside of their place")
+        self._index = [position for (position,) in struct.iter_unpack("<Q", os.pread(fd, index_bytes, at + 16))]
+        self._ids = _Metadata(fd, 0, at, decompress)
+        self._values = _Metadata(fd, self.start, at, decompress)
 
     def read(self, number: int) -> dict[bytes, bytes]:
         if number >= self._count or number // 512 >= len(self._index):

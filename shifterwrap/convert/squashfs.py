@@ -78,7 +78,7 @@ def find_writer(search_path: str, compressor: str) -> Writer:
 def unfitness(writer: Writer, compressor: str) -> str:
     """Why ``writer`` cannot be used, or nothing."""
     if writer.program == "mksquashfs" and writer.version < (4, 6):
-        return "its version is below 4.6"  # no reading of tars before 4.5, crashes and bad device numbers in 4.5
+        return "its version is below 4.6"  # 4.5 reads tars, but not their device numbers, and ignores -root-time
     if compressor not in writer.compressors:
         return f"it does not know {compressor}"
     return ""

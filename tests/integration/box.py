@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -158,6 +160,17 @@ def configured(person: Person, text: str) -> Mapping[str, str]:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return {"SHIFTERWRAP_CONFIG": str(path)}
+
+
+@contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A new directory that everybody may read."""
+    path = Path(tempfile.mkdtemp(prefix="shifterwrap-test-", dir=parent))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 def eventually(true: Callable[[], bool], what: str) -> None:

@@ -126,10 +126,11 @@ def test_a_symbolic_link_is_no_cache(user: Person, hub: Registry) -> None:
 
 
 def test_a_file_is_no_cache(user: Person, hub: Registry) -> None:
-    file = user.home / "file"
+    file = user.home / "place" / "file"
+    file.parent.mkdir()
     file.write_text("mine")
     os.chown(file, user.uid, user.gid)
-    with untouched(user.home):
+    with untouched(file.parent):
         no_use(at(user, file), hub, "is not a directory", MINE)
 
 

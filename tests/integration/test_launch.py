@@ -5,7 +5,6 @@ Everything runs four times: as an ordinary user and as root, from a squashfs fil
 
 from __future__ import annotations
 
-import contextlib
 import grp
 import hashlib
 import json
@@ -15,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Optional
@@ -23,7 +21,7 @@ from typing import Optional
 import pytest
 
 from tests.conftest import BASE
-from tests.integration.box import HOSTILE, Box, boxed, configured, eventually, published, servers
+from tests.integration.box import HOSTILE, Box, boxed, configured, eventually, published, scratch, servers
 from tests.testbed.images import BUSYBOX, busybox_layer
 from tests.testbed.ocilayout import Image, Layer, file, tar
 from tests.testbed.stock import StockedRegistry
@@ -31,16 +29,6 @@ from tests.testbed.stock import StockedRegistry
 pytestmark = pytest.mark.needs("users", "registry", "userns", "squashfs-mount", "fuse", "squashfuse_ll")
 
 STATUS = ("Uid", "Gid", "Groups", "SigIgn", "SigBlk", "SigCgt", "Umask", "NoNewPrivs")
-
-
-@contextlib.contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="shifterwrap-test-", dir=parent))
-    path.chmod(0o755)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

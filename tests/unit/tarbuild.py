@@ -11,10 +11,11 @@ import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shifterwrap.convert import flatten, layer, readback, squashfs, tar
 from shifterwrap.convert.decode import decode
-from shifterwrap.convert.tree import CHARACTER, DIRECTORY, FILE, SYMLINK, Node, Tree, walk
+from shifterwrap.convert.tree import CHARACTER, FILE, SYMLINK, Node, Tree, walk
 from shifterwrap.events import ignore
 from tests.testbed import ocilayout
 from tests.testbed.ocilayout import Member
@@ -125,7 +126,7 @@ def unsquashed(path: Path, tmp: Path) -> Path:
 
 def status_of(root: Path) -> dict[bytes, tuple[object, ...]]:
     """Everything below ``root`` as lstat tells it, with content."""
-    result: dict[bytes, tuple[object, ...]] = {}
+    result: dict[bytes, tuple[Any, ...]] = {}
     first: dict[int, bytes] = {}
     base = os.fsencode(root)
     for directory, directories, names in os.walk(base):
@@ -140,11 +141,11 @@ def status_of(root: Path) -> dict[bytes, tuple[object, ...]]:
                 detail = os.readlink(path)
             elif kind in (CHARACTER, stat.S_IFBLK):
                 detail = (os.major(status.st_rdev), os.minor(status.st_rdev))
-            short = os.path.relpath(path, base).replace(b".", b"", 1) if path == base else os.path.relpath(path, base)
-            group = first.setdefault(status.st_ino, short) if kind != DIRECTORY else short
+            short = path[len(base) + 1 :]
+            first[status.st_ino] = min(short, first.get(status.st_ino, short))
             result[short] = (kind, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, int(status.st_mtime),
-                             detail, group)
-    return result
+                             detail, status.st_ino)
+    return {path: (*value[:-1], first[value[-1]]) for path, value in result.items()}
 
 
 @contextlib.contextmanager

@@ -104,10 +104,10 @@ def test_truncated_gzip(keep: int) -> None:
 def test_damaged_gzip(at: int) -> None:
     bad = bytearray(GZIP)
     bad[at] ^= 0xE5
-    with pytest.raises(ConvertError, match="damaged|truncated"):
+    with pytest.raises(ConvertError, match=r"damaged|truncated"):
         decoded(bytes(bad))
     if at > len(GZIP) // 2:
-        with pytest.raises(ConvertError, match="damaged|truncated"):
+        with pytest.raises(ConvertError, match=r"damaged|truncated"):
             decoded(bytes(bad), 1)
 
 

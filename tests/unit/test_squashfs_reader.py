@@ -69,7 +69,7 @@ def test_split_hard_links_are_found(small: tuple[Path, Tree]) -> None:
         check(path, tree)
 
 
-@pytest.mark.parametrize("compressor", ["gzip", "zstd", "lz4", "xz"])
+@pytest.mark.parametrize("compressor", ["gzip", "zstd", "lz4"])
 def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path: Path, compressor: str) -> None:
     if compressor not in readable():
         pytest.skip(f"nothing here reads {compressor}")
@@ -92,19 +92,22 @@ def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path: Path, compress
             with path.open("r+b") as out:
                 out.seek(at)
                 out.write(good[at : at + 1])
-    for at, flip in harmless:
-        assert_same_elsewhere(tmp_path, good, at, flip)
+    different = [(at, flip) for at, flip in harmless if not is_same_to_linux(tmp_path, good, at, flip)]
+    assert different == []
     assert len(harmless) < 160
 
 
-def assert_same_elsewhere(tmp_path: Path, good: bytes, at: int, flip: int) -> None:
-    """Linux, where this is root, sees the same in an image whose flipped byte the read-back let pass."""
+def is_same_to_linux(tmp_path: Path, good: bytes, at: int, flip: int) -> bool:
+    """Whether Linux, where we are root, sees the same in an image whose flipped byte the read-back let pass."""
     if os.geteuid() != 0:
-        return
+        return True
     (tmp_path / "flipped").write_bytes(good[:at] + bytes([good[at] ^ flip]) + good[at + 1 :])
     (tmp_path / "good").write_bytes(good)
-    with mounted(tmp_path / "good") as a, mounted(tmp_path / "flipped") as b:
-        assert status_of(a) == status_of(b), f"byte {at} ^ {flip:#x}"
+    try:
+        with mounted(tmp_path / "good") as a, mounted(tmp_path / "flipped") as b:
+            return status_of(a) == status_of(b)
+    except subprocess.CalledProcessError:
+        return False
 
 
 def test_truncated_images(small: tuple[Path, Tree]) -> None:

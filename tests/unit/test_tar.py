@@ -113,7 +113,7 @@ def test_the_header_checksum() -> None:
     for at in (0, 150, 300, 511):
         bad = bytearray(good)
         bad[at] ^= 1
-        with pytest.raises(ConvertError, match="checksum|bad number"):
+        with pytest.raises(ConvertError, match=r"checksum|bad number"):
             read(bytes(bad))
 
 

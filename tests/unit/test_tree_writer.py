@@ -18,6 +18,7 @@ from shifterwrap.events import Event, ignore
 from tests.testbed.ocilayout import device, directory, file, hardlink, pax, symlink
 from tests.unit.tarbuild import archive, every_kind, image, merge, mounted, opener, status_of
 
+
 def written(path: Path, *tars: bytes, policy: str = "root") -> str:
     tree = merge(*tars, policy=policy)
     digest = tree_writer.write(tree, opener(*tars), str(path), ignore)
