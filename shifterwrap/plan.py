@@ -87,7 +87,7 @@ def make(request: LaunchRequest, image: Image, config: Config, user: User, envir
     image_env = dict(item.partition("=")[::2] for item in image.env)
     overrides = dict(item.partition("=")[::2] for item in config.env)
     overrides.update(request.env)
-    user_home = user.home if config.mount_home and user.home != "/" else ""
+    user_home = bindable_home(user.home) if config.mount_home else ""
     cwd_bind = bindable_cwd(cwd, user_home)
     if request.workdir:
         workdirs: tuple[str, ...] = (request.workdir,)
@@ -142,11 +142,19 @@ def base_binds(home: str, cwd: str) -> tuple[Bind, ...]:
     return tuple(binds)
 
 
+def bindable_home(home: str) -> str:
+    """The home directory when it can be bound; accounts of daemons live in /usr/sbin, and the image keeps its own."""
+    home = "/" + os.path.normpath(home).lstrip("/") if home.startswith("/") else ""
+    return "" if home != "/root" and _is_the_images(home) else home
+
+
 def bindable_cwd(cwd: str, home: str) -> str:
     """The current directory when it must be bound on its own: not what other binds cover, not the image's own."""
-    if cwd in IMAGE_ONLY_EXACT or any(within(cwd, top) for top in IMAGE_ONLY) or _covered(cwd, home, ()):
-        return ""
-    return cwd
+    return "" if _is_the_images(cwd) or _covered(cwd, home, ()) else cwd
+
+
+def _is_the_images(path: str) -> bool:
+    return path in IMAGE_ONLY_EXACT or any(within(path, top) for top in IMAGE_ONLY)
 
 
 def _covered(cwd: str, home: str, binds: Sequence[Bind]) -> bool:

@@ -73,7 +73,7 @@ def explained(root: str) -> Iterator[None]:
 def explain(exc: OSError, root: str) -> Error:
     """The error for an OSError met while writing under ``root``."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CacheFull(f"no space left for the cache {root} ({_free(root) >> 20} MiB free)")
+        return CacheFull(f"no space left for the cache {root}")
     if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return CacheError(f"cache {root} cannot be written", "set SHIFTERWRAP_CACHE_DIR to a directory of yours")
     return CacheError(f"cache {root}: {exc.filename or 'write'} failed")
@@ -376,10 +376,13 @@ def _outstanding(path: str) -> int:
     reserved = cache.read_json(os.path.join(path, "reserved.json"))
     if not reserved:
         return 0
-    try:
-        written = sum(item.stat(follow_symlinks=False).st_blocks * 512 for item in os.scandir(path))
-    except OSError:
-        return 0
+    written = 0
+    for base, _, names in os.walk(path):
+        for name in names:
+            try:
+                written += os.lstat(os.path.join(base, name)).st_blocks * 512
+            except OSError:
+                continue  # its owner removed it meanwhile
     return max(int(reserved.get("bytes", 0)) - written, 0)
 
 
@@ -387,19 +390,31 @@ def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_by
             on_evict: Callable[[str], None]) -> None:
     """Make room for ``need_bytes``, evicting the least recently used, and promise them to this stage directory.
 
-    CacheFull when what may be evicted is not enough: nothing is evicted then.
+    CacheFull when what may be evicted is not enough: nothing is evicted then. One process at a time looks and promises,
+    so that no two take the same room.
     """
-    lacking = shortage(root, need_bytes, max_bytes, min_free_bytes)
-    doomed = evict.victims(candidates(root), lacking, time.time())
-    if sum(victim.bytes for victim in doomed) < lacking:
-        limit = f", cache_max_bytes allows {max_bytes >> 20} MiB in all" if max_bytes else ""
-        raise CacheFull(f"cache {root}: {need_bytes / (1 << 20):.1f} MiB are needed, {_free(root) >> 20} MiB are free"
-                        f"{limit}, and what is in use, pinned or new may not be evicted")
-    for victim in doomed:
-        try:
-            remove(root, victim.name)
-        except EntryBusy:
-            continue  # leased since we looked; the write that does not fit will say so
-        on_evict(victim.name)
-    with explained(root):
+    with explained(root), _alone(os.path.join(root, "stage")):
+        lacking = shortage(root, need_bytes, max_bytes, min_free_bytes)
+        doomed = evict.victims(candidates(root), lacking, time.time())
+        if sum(victim.bytes for victim in doomed) < lacking:
+            limit = f", cache_max_bytes allows {max_bytes >> 20} MiB in all" if max_bytes else ""
+            raise CacheFull(f"cache {root}: {need_bytes / (1 << 20):.1f} MiB are needed, {_free(root) >> 20} MiB are "
+                            f"free{limit}, and what is in use, pinned or new may not be evicted")
+        for victim in doomed:
+            try:
+                remove(root, victim.name)
+            except EntryBusy:
+                continue  # leased since we looked; the write that does not fit will say so
+            on_evict(victim.name)
         write_json(os.path.join(made.path, "reserved.json"), {"bytes": need_bytes})
+
+
+@contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    """The block runs in one process at a time; it must not wait for anything in there."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -42,8 +42,9 @@ def decompressor(compressor: str) -> Decompress:
     return _unxz if compressor == "xz" else _unlz4
 
 
-def _damaged(detail: object) -> ConvertError:
-    return ConvertError(f"the image is damaged: {detail}")
+def damaged(detail: object) -> ConvertError:
+    """The error for a squashfs file that is not what it should be."""
+    return ConvertError(f"the squashfs file is damaged: {detail}", "remove the image and pull it again")
 
 
 def _whole(stream: Any, data: bytes, limit: int, fault: type[Exception]) -> bytes:
@@ -51,11 +52,11 @@ def _whole(stream: Any, data: bytes, limit: int, fault: type[Exception]) -> byte
     try:
         out = bytes(stream.decompress(data, limit))
         if not stream.eof and stream.decompress(b"", 1):  # the end may be all that is missing
-            raise _damaged("a block is too long")
+            raise damaged("a block is too long")
     except (fault, EOFError) as exc:
-        raise _damaged(exc) from None
+        raise damaged(exc) from None
     if not stream.eof or stream.unused_data:
-        raise _damaged("a block has the wrong length")
+        raise damaged("a block has the wrong length")
     return out
 
 
@@ -64,11 +65,11 @@ def _inflate(data: bytes, limit: int) -> bytes:
     try:
         out = stream.decompress(data, limit)
         if not stream.eof and stream.decompress(stream.unconsumed_tail, 1):
-            raise _damaged("a block is too long")
+            raise damaged("a block is too long")
     except zlib.error as exc:
-        raise _damaged(exc) from None
+        raise damaged(exc) from None
     if not stream.eof or stream.unused_data:
-        raise _damaged("a block has the wrong length")
+        raise damaged("a block has the wrong length")
     return out
 
 
@@ -87,7 +88,7 @@ def _unlz4(data: bytes, limit: int) -> bytes:
     try:
         return bytes(block.decompress(data, uncompressed_size=limit))
     except block.LZ4BlockError as exc:
-        raise _damaged(exc) from None
+        raise damaged(exc) from None
 
 
 def _unzstd() -> Decompress:
@@ -98,10 +99,10 @@ def _unzstd() -> Decompress:
         try:
             size = zstandard.frame_content_size(data)  # it would size the buffer
             if size > limit:
-                raise _damaged("a block is too long")
+                raise damaged("a block is too long")
             return bytes(context.decompress(data, limit))
         except zstandard.ZstdError as exc:
-            raise _damaged(exc) from None
+            raise damaged(exc) from None
 
     return unzstd
 

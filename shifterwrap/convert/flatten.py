@@ -12,8 +12,9 @@ from typing import Optional
 
 from ..errors import ConvertError, LimitExceeded
 from .layer import Layer
+from .policy import apply
 from .tar import HARD_LINK, Member
-from .tree import BLOCK, CHARACTER, DIRECTORY, FILE, KIND_NAMES, MAX_PATH, SYMLINK, Node, Tree, show, walk
+from .tree import DIRECTORY, FILE, KIND_NAMES, MAX_PATH, SYMLINK, Node, Tree, show, walk
 
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
@@ -22,27 +23,17 @@ AUFS_LINKS = b".wh..wh.plnk/"
 MAX_SYMLINKS = 40  # in one lookup, as Linux (path_resolution(7))
 MAX_DEPTH = MAX_PATH // 2
 MAX_EXPANSION = 10_000_000  # path components that symlinks may add to all lookups of an image (F37)
-POLICIES = ("root", "keep")
-
-_DROPPED_XATTRS = (b"security.selinux", b"trusted.overlay.", b"user.overlay.", b"user.rootlesscontainers")
-_SQUASHFS_XATTRS = (b"user.", b"trusted.", b"security.")  # squashfs has no other name spaces
-
 
 def flatten(layers: Sequence[Layer], policy: str) -> Tree:
     """The file system that ``layers``, bottom first, make together.
 
-    Policy ``root``: everything belongs to root and is readable as after ``chmod a+rX``; no set-user-ID or set-group-ID
-    bits, extended attributes or device nodes. Policy ``keep``: as the layers say, but for the attributes that only mean
-    something on the machine that made the image (F25). ConvertError names the member that breaks a rule.
+    ``policy`` is "root" or "keep", see :func:`~shifterwrap.convert.policy.apply`. ConvertError names the member that
+    breaks a rule; LimitExceeded when symlinks make it too much work.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"no such policy: {policy}")
     merge = _Merge()
     for layer in layers:
         merge.apply(layer)
-    warnings: list[str] = []
-    (_own_as_root if policy == "root" else _own_as_layers)(merge.root, warnings)
-    return _finished(merge.root, warnings)
+    return _finished(merge.root, apply(merge.root, policy))
 
 
 class _Merge:
@@ -275,51 +266,6 @@ def _set_metadata(node: Node, member: Member) -> None:
 def _reset(directory: Node) -> None:
     """Make ``directory`` one that no layer describes (F16)."""
     directory.mode, directory.uid, directory.gid, directory.mtime, directory.xattrs = 0o755, 0, 0, 0, None
-
-
-# ---- owner policies
-
-
-def _own_as_root(root: Node, warnings: list[str]) -> None:
-    for path, node in walk(root):
-        if node.kind == DIRECTORY:
-            node.mode = node.mode & 0o1777 | 0o555
-            _drop_devices(path, node, (CHARACTER, BLOCK), warnings)
-        elif node.kind != SYMLINK:
-            node.mode = node.mode & 0o777 | (0o555 if node.mode & 0o111 else 0o444)
-        node.uid = node.gid = 0
-        node.xattrs = None
-
-
-def _own_as_layers(root: Node, warnings: list[str]) -> None:
-    for path, node in walk(root):
-        if node.xattrs:
-            node.xattrs = _portable(node.xattrs, path, warnings)
-        if node.kind == DIRECTORY:
-            _drop_devices(path, node, (), warnings)
-
-
-def _drop_devices(path: bytes, directory: Node, kinds: tuple[int, ...], warnings: list[str]) -> None:
-    """Drop device nodes of ``kinds``, and those of numbers beyond Linux' 12 and 20 bits (linux/kdev_t.h)."""
-    for name, node in sorted(directory.children.items()):
-        if node.kind in (CHARACTER, BLOCK):
-            major, minor = node.rdev
-            if node.kind in kinds or not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):
-                del directory.children[name]
-                where = path + b"/" + name if path else name
-                warnings.append(f"dropped {KIND_NAMES[node.kind]} {show(where)} ({major}, {minor})")
-
-
-def _portable(xattrs: dict[bytes, bytes], path: bytes, warnings: list[str]) -> Optional[dict[bytes, bytes]]:
-    kept = {}
-    for name, value in sorted(xattrs.items()):
-        if name.startswith(_DROPPED_XATTRS):
-            continue
-        if name.startswith(_SQUASHFS_XATTRS):
-            kept[name] = value
-        else:
-            warnings.append(f"dropped attribute {name.decode(errors='backslashreplace')} of {show(path)}")
-    return kept or None
 
 
 def _finished(root: Node, warnings: list[str]) -> Tree:

@@ -84,7 +84,7 @@ def scan(index: int, chunks: Iterable[bytes], diff_id: str, budget: Budget) -> L
     pieces = _Hashed(decode(chunks), algorithm, budget)
     found: list[Member] = []
     uncounted = 0
-    for member in members(iter(pieces), budget.limits.max_entries):
+    for member in members(iter(pieces)):
         found.append(member)
         uncounted += weight(member)
         if uncounted >= _COUNTED_ENTRIES:

@@ -5,7 +5,6 @@ Squashfs tools have written wrong images without saying so; this is what finds o
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +13,14 @@ from typing import NamedTuple
 from ..errors import ConvertError
 from ..events import Emit, Event
 from .accelerators import crc32
-from .decompress import decompressor
+from .decompress import damaged, decompressor
 from .sqfs_reader import Image, Inode, Name
 from .tree import DIRECTORY, FILE, KIND_NAMES, Node, Tree, show, walk
 
 _BATCH_BYTES = 16 << 20
 _BATCH_FILES = 1000
+_SURPLUS_NAMES = 1000  # that a directory may have before it is not read on to name the first
+_HINT = "nothing was cached; the squashfs writer or this machine's memory or disk is at fault: shifterwrap doctor"
 
 
 class _File(NamedTuple):
@@ -34,19 +35,26 @@ def check(path: str, tree: Tree, threads: int, emit: Emit) -> None:
 
     ``threads`` decompress at once (1..). The nodes' ``crc`` were set when the image was written.
     """
-    with Image(path) as image:
-        files = _Comparison(image, tree).files()
-        total = sum(node.size for _, node, _, _ in files)
-        done = 0
-        with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="read-back") as pool:
-            waiting = [pool.submit(_compare_content, image, batch) for batch in _batches(files)]
-            try:
-                for future in waiting:
-                    done += future.result()
-                    emit(Event("verify", os.path.basename(path), done, total))
-            finally:
-                for future in waiting:
-                    future.cancel()
+    try:
+        with Image(path) as image:
+            _compare(image, tree, threads, emit)
+    except ConvertError as exc:
+        raise ConvertError(exc.message, _HINT) from None
+
+
+def _compare(image: Image, tree: Tree, threads: int, emit: Emit) -> None:
+    files = _Comparison(image, tree).files()
+    total = sum(node.size for _, node, _, _ in files)
+    done = 0
+    with ThreadPoolExecutor(max(threads, 1), thread_name_prefix="read-back") as pool:
+        waiting = [pool.submit(_compare_content, image, batch) for batch in _batches(files)]
+        try:
+            for future in waiting:
+                done += future.result()
+                emit(Event("verify", "", done, total))
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class _Comparison:
@@ -68,13 +76,13 @@ class _Comparison:
         inodes = 1
         while pending:
             path, node, inode = pending.pop()
-            names = self._image.names(inode)
+            names = self._image.names(inode, len(node.children) + _SURPLUS_NAMES)
             self._same_names(path, node, names)
             for name in names:
                 inodes += self._visit(path + b"/" + name.name if path else name.name, node.children[name.name], name,
                                       inode, pending)
         if inodes != self._image.superblock.inodes:
-            raise ConvertError(f"the image is damaged: {self._image.superblock.inodes} inodes instead of {inodes}")
+            raise damaged(f"{self._image.superblock.inodes} inodes instead of {inodes}")
         return self._files
 
     def _same_names(self, path: bytes, node: Node, names: list[Name]) -> None:

@@ -31,6 +31,7 @@ PIPE_BYTES = 1 << 20  # /proc/sys/fs/pipe-max-size, what an ordinary user may ha
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h; Python has its name from 3.10
 _REPORT_BYTES = 16 << 20
 _MKSQUASHFS_MEMORY = "256M"
+_HINT = "nothing was cached; the writer is at fault, or this machine: shifterwrap doctor"
 _LEVELLED = ("gzip", "zstd")
 
 
@@ -152,12 +153,13 @@ def write(
     """Write ``tree`` to the new file ``path``, and leave the CRC-32 of each file's content in its node.
 
     ``open_layer(index)`` yields a layer's uncompressed bytes; layers are opened in order, each at most once, and only
-    as far as something in them lives. Raises ConvertError, ConverterMissing (holes), CacheFull; then
-    ``path`` does not exist.
+    as far as something in them lives. Raises ConvertError, ConverterMissing, CacheFull, or LimitExceeded for too many
+    holes; ``path`` does not exist then.
     """
     if options.compressor not in readable():
         raise ConvertError(f"an image compressed with {options.compressor} could not be read back here")
     writer = writer or find_writer(SEARCH_PATH, options.compressor)
+    path = os.path.abspath(path)
     nodes, links = first_names(tree)
     files = in_layer_order(nodes)
     with _Program(writer, writer.argv(path, options, tree.root), path) as program:
@@ -197,6 +199,10 @@ def _send_files(
             emit(Event("convert", "", done, total))
 
 
+class _Ended(Exception):
+    """The writer ended before its input did."""
+
+
 class _Pipe:
     """The writer's standard input; what is put is gathered and written about a pipe's capacity at a time."""
 
@@ -218,7 +224,10 @@ class _Pipe:
     def flush(self) -> None:
         pieces, self._pieces, self._size = self._pieces, [], 0
         while pieces:
-            written = os.writev(self._fd, pieces)
+            try:
+                written = os.writev(self._fd, pieces)
+            except BrokenPipeError:
+                raise _Ended from None
             while pieces and written >= len(pieces[0]):
                 written -= len(pieces.pop(0))
             if written:
@@ -253,7 +262,7 @@ class _Program:
     def __exit__(self, kind: object, exc: object, trace: object) -> None:
         try:
             self._stdin.close()
-            if isinstance(exc, BrokenPipeError):  # it ended before its input did, and its end is the reason
+            if isinstance(exc, _Ended):
                 raise self._failure(self._process.wait()) from None
         finally:
             if self._process.poll() is None:
@@ -275,7 +284,7 @@ class _Program:
         if code:
             raise self._failure(code)
         if not os.path.samestat(os.fstat(self._output_fd), os.stat(self._path)):
-            raise ConvertError(f"{self._writer.program} did not write {self._path}")
+            raise ConvertError(f"{self._writer.program} did not write {self._path}", _HINT)
 
     def keep(self) -> None:
         """Leave the output where it is."""
@@ -288,8 +297,9 @@ class _Program:
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             why = " (perhaps for using too much memory)" if -code == signal.SIGKILL else ""
-            return ConvertError(f"{self._writer.path} was killed by {name}{why}", " ")
-        return ConvertError(f"{self._writer.path} failed with exit code {code}: {said or 'it did not say why'}", " ")
+            return ConvertError(f"{self._writer.path} was killed by {name}{why}", _HINT)
+        said = said or "it did not say why"
+        return ConvertError(f"{self._writer.path} failed with exit code {code}: {said}", _HINT)
 
     def _said(self) -> str:
         """The end of what the writer printed."""
@@ -310,4 +320,4 @@ def _check_written(path: str, writer: Writer, options: Options) -> None:
     """The cheap look at the result: the superblock is that of a complete image of the kind that was asked for."""
     found = superblock(path)
     if (found.compressor, found.block_size) != (options.compressor, options.block_size):
-        raise ConvertError(f"{writer.path} wrote {found.compressor} blocks of {found.block_size} bytes")
+        raise ConvertError(f"{writer.path} wrote {found.compressor} blocks of {found.block_size} bytes", _HINT)

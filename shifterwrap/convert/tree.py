@@ -24,6 +24,7 @@ KIND_NAMES = {
 }
 
 MAX_PATH = 4095  # bytes of a path or link target, without the NUL: PATH_MAX of limits.h
+MAX_FILE_BYTES = 1 << 50  # more than any file system of today holds in one file
 MAX_NAME = 255  # bytes of one component: NAME_MAX
 
 Regions = tuple[tuple[int, int], ...]  # the data of a sparse file: (offset in the file, length), ascending

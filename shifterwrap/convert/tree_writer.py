@@ -180,7 +180,7 @@ class _Writing:
 
     def _mode(self, node: Node) -> int:
         mode = node.mode if self._is_root else node.mode & 0o1777  # the caller's own set-user-ID files help nobody
-        return mode | (0o700 if node.kind == DIRECTORY else 0o400)
+        return mode | (0o500 if node.kind == DIRECTORY else 0o400)
 
 
 def _name(path: bytes) -> bytes:

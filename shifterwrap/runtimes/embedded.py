@@ -290,7 +290,7 @@ def _read_image_file(path: str) -> str:
 
 
 def resolve(root: str, path: str) -> str:
-    """``path`` with every symbolic link resolved as if ``root`` were /; the rest of it may not exist.
+    """``path`` with every symbolic link resolved as if ``root`` were /, which is empty; the rest of it may not exist.
 
     SandboxError for a loop. (openat2's RESOLVE_IN_ROOT needs Linux 5.6 and an existing path.)
     """
@@ -323,7 +323,10 @@ def place(root: str, target: str, is_directory: bool) -> str:
     /etc/localtime is a link to a zone in many images; followed, the host's time would become that zone's.
     """
     if is_directory:
-        return resolve(root, target)
+        found = resolve(root, target)
+        if not found:
+            raise SandboxError(f"{target} is a link to the root in the image", "bind on a directory below it")
+        return found
     return resolve(root, os.path.dirname(target)).rstrip("/") + "/" + os.path.basename(target)
 
 

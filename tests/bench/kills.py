@@ -27,6 +27,7 @@ from tests.bench.world import SEED, World, say
 KILLS = 100  # of each way
 SHARE_OF_WORKER = 0.8  # of a launch's time, at most; a kill that comes too late is no kill, and is tried again
 WAIT_SECONDS = 120.0
+HELD_SECONDS = 0.05  # a process being forked between SIGSTOP and a SIGCONT microseconds later stayed stopped
 WHOLE = {"image.sqsh", "manifest.json", "config.json", "image.json", "entry.json", "lock"}
 
 
@@ -147,6 +148,7 @@ class Kills:
         _signal(launchers, signal.SIGSTOP)
         try:
             if not processes.alive(worker):
+                time.sleep(HELD_SECONDS)
                 return "", []
             hit = self._stage()
             for pid in (doomed := [worker, *processes.descendants(worker)]):

@@ -39,8 +39,13 @@ def run(world: World) -> list[Line]:
     return [
         required("memory", f"{what}: exit code", str(ours.code), "0", str(peer.code) if peer else "", said=ours.said),
         required("memory", f"{what}: out-of-memory kills", str(ours.killed), "0", str(peer.killed) if peer else ""),
-        noted("memory", f"{what}: peak with page cache; times at the limit", _usage(ours), _usage(peer) if peer else "",
-              details={"ours": ours._asdict(), "peer": theirs}),
+        noted(
+            "memory",
+            f"{what}: peak with page cache; times at the limit",
+            _usage(ours),
+            _usage(peer) if peer else "",
+            details={"ours": ours._asdict(), "peer": theirs},
+        ),
     ]
 
 
@@ -74,9 +79,17 @@ def _limited(world: World, argv: Sequence[str], env: dict[str, str]) -> Outcome:
     with _group() as group:
         identity = [f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
         join = ["sh", "-c", JOIN, str(group / "cgroup.procs"), *identity, *argv]
-        done = subprocess.run(join, env={**user.env, **env}, cwd=user.home, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=RUN_SECONDS,
-                              check=False)
+        done = subprocess.run(
+            join,
+            env={**user.env, **env},
+            cwd=user.home,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=RUN_SECONDS,
+            check=False,
+        )
         if done.returncode:
             say(f"memory: exit code {done.returncode}: {done.stdout[-400:]}")
         return Outcome(done.returncode, *_readings(group), done.stdout[-400:])

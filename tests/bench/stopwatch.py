@@ -36,8 +36,12 @@ def answer(request: dict[str, Any], directory: str) -> dict[str, Any]:
     failed = [_tail(file) for file, pid in zip(files, pids) if codes[pid]]
     for file in files:
         os.unlink(file)
-    return {"wall": wall, "cpu": cpu, "codes": [codes[pid] for pid in pids],
-            "errors": sorted(set(failed))[:DISTINCT_ERRORS]}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "codes": [codes[pid] for pid in pids],
+        "errors": sorted(set(failed))[:DISTINCT_ERRORS],
+    }
 
 
 def _spawn(argv: list[str], env: dict[str, str], errors: str) -> int:

@@ -37,14 +37,17 @@ def _starts(world: World, name: str, turns: int) -> list[Line]:
     squashfs = world.warm(world.user, name)
     world.warm(world.root, name)
     with _mount_point(world):
-        times = in_turns({
-            "apptainer": _wrapped(world, world.clock, "apptainer", image),
-            "bare apptainer": _bare(world.clock, ["/usr/bin/apptainer", "--silent", "exec", str(sif), *TRUE]),
-            "embedded": _wrapped(world, world.clock, "embedded", image),
-            "root": _wrapped(world, world.root_clock, "embedded", image),
-            "charliecloud": _wrapped(world, world.clock, "charliecloud", image),
-            "bare ch-run": _bare(world.clock, ["/usr/bin/ch-run", str(squashfs), "--", *TRUE]),
-        }, turns)
+        times = in_turns(
+            {
+                "apptainer": _wrapped(world, world.clock, "apptainer", image),
+                "bare apptainer": _bare(world.clock, ["/usr/bin/apptainer", "--silent", "exec", str(sif), *TRUE]),
+                "embedded": _wrapped(world, world.clock, "embedded", image),
+                "root": _wrapped(world, world.root_clock, "embedded", image),
+                "charliecloud": _wrapped(world, world.clock, "charliecloud", image),
+                "bare ch-run": _bare(world.clock, ["/usr/bin/ch-run", str(squashfs), "--", *TRUE]),
+            },
+            turns,
+        )
     wall = {case: [one.wall for one in taken] for case, taken in times.items()}
     bare = wall["bare apptainer"]
     return [
@@ -94,10 +97,13 @@ def _cpu(world: World, turns: int) -> Line:
     world.warm(world.user, "bb")
     env = _nothing_as_apptainer(world)
     say(f"warm: {turns} turns for the CPU before execve")
-    times = in_turns({
-        "ours": _bare(world.clock, world.wrapped("--runtime", "apptainer", world.image("bb"), *TRUE), env),
-        "bare": _bare(world.clock, [str(world.bin / "python"), "-SI", "-c", "pass"]),
-    }, turns)
+    times = in_turns(
+        {
+            "ours": _bare(world.clock, world.wrapped("--runtime", "apptainer", world.image("bb"), *TRUE), env),
+            "bare": _bare(world.clock, [str(world.bin / "python"), "-SI", "-c", "pass"]),
+        },
+        turns,
+    )
     ours, bare = (statistics.median(one.cpu for one in times[case]) * 1000 for case in ("ours", "bare"))
     line = limited("warm", "CPU until execve, less the bare interpreter", ours - bare, "ms", MOST_CPU_MS)
     figures = {case: [one.cpu for one in taken] for case, taken in times.items()}

@@ -54,8 +54,9 @@ class Stopwatch:
     def __init__(self, person: Person, directory: Path) -> None:
         program = Path(__file__).with_name("stopwatch.py").read_text()
         self.person = person
-        self._process = person.popen(["/usr/bin/python3", "-SI", "-c", program, str(directory)], stdin=subprocess.PIPE,
-                                     stderr=None)
+        self._process = person.popen(
+            ["/usr/bin/python3", "-SI", "-c", program, str(directory)], stdin=subprocess.PIPE, stderr=None
+        )
         self.pid = self._process.pid
 
     def time(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None, times: int = 1) -> Timed:

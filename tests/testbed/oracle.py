@@ -8,6 +8,7 @@ directories of "implicit-parents" cannot be compared by mtime.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -109,7 +110,7 @@ def _node(path: bytes, status: os.stat_result) -> Node:
     kind = TYPES[stat.S_IFMT(status.st_mode)]
     regular = kind == "file"
     node = kind in ("char", "block")
-    names = sorted(os.listxattr(path, follow_symlinks=False))
+    names = _xattr_names(path)
     return Node(
         type=kind,
         mode=stat.S_IMODE(status.st_mode),
@@ -123,6 +124,15 @@ def _node(path: bytes, status: os.stat_result) -> Node:
         group=b"",
         xattrs=tuple((n, os.getxattr(path, n, follow_symlinks=False)) for n in names),
     )
+
+
+def _xattr_names(path: bytes) -> list[str]:
+    try:
+        return sorted(os.listxattr(path, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:  # a squashfs without any
+            return []
+        raise
 
 
 def _sha256(path: bytes) -> str:

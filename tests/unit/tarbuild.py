@@ -36,7 +36,7 @@ def archive(*members: Member, closed: bool = True) -> bytes:
 
 def read(data: bytes) -> list[tar.Member]:
     """The members of an uncompressed tar."""
-    return list(tar.members(pieces(data), 5_000_000))
+    return list(tar.members(pieces(data)))
 
 
 def scan(data: bytes, index: int = 0, **limits: int) -> layer.Layer:

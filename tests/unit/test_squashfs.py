@@ -200,13 +200,9 @@ def test_the_kernel_sees_the_tree(tmp_path: Path, policy: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root extracts owners and devices")
 @pytest.mark.skipif(not shutil.which("unsquashfs"), reason="no unsquashfs installed")
 def test_unsquashfs_extracts_the_tree(tmp_path: Path) -> None:
-    members = [m for m in every_kind() if b"4095" not in repr(m).encode() and not _is_disk(m)]  # it garbles these numbers
+    members = [member for member in every_kind() if getattr(member, "name", "") != "disk"]  # it garbles large numbers
     tree = image(tmp_path / "i.sqfs", archive(*members))
     same(status_of(unsquashed(tmp_path / "i.sqfs", tmp_path)), tree)
-
-
-def _is_disk(member: object) -> bool:
-    return getattr(member, "name", "") == "disk"
 
 
 @needs_writer
@@ -282,7 +278,8 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.needs("mksquashfs")
 def test_mksquashfs_writes_the_same_tree(tmp_path: Path) -> None:
-    writer = squashfs.Writer("mksquashfs", "/usr/bin/mksquashfs", *squashfs._abilities("mksquashfs", "/usr/bin/mksquashfs"))
+    path = "/usr/bin/mksquashfs"
+    writer = squashfs.Writer("mksquashfs", path, *squashfs._abilities("mksquashfs", path))
     sound = writer.version >= (4, 6)
     members = [member for member in every_kind() if sound or getattr(member, "name", "") not in ("disk", "null")]
     data = archive(*members)
@@ -313,9 +310,9 @@ def write_some(writer: squashfs.Writer, path: Path, size: int = 4 << 20) -> None
     ("kill -KILL $$", r"was killed by SIGKILL \(perhaps"),
     ("cat >/dev/null; kill -SEGV $$", "was killed by SIGSEGV"),
     ("exec <&-; kill -ABRT $$", "was killed by SIGABRT"),
-    ("cat >/dev/null", "not a squashfs image"),
+    ("cat >/dev/null", "not a squashfs image|makes no sense"),
     ("cat >/dev/null; for last; do :; done; rm $last; echo no > $last", "did not write"),
-    ("cat >/dev/null; for last; do :; done; printf hsqs > $last", "not a squashfs image"),
+    ("cat >/dev/null; for last; do :; done; printf hsqs > $last", "not a squashfs image|makes no sense"),
     ("exec head -c 100000 /dev/zero >&2", "failed|not a squashfs|killed"),
 ])
 def test_failures_are_explained_and_leave_nothing(tmp_path: Path, body: str, why: str) -> None:

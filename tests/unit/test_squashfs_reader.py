@@ -19,8 +19,8 @@ from tests.unit.tarbuild import archive, image, mounted, status_of
 
 pytestmark = pytest.mark.needs("tar2sqfs")
 SMALL = [
-    directory("d", mode=0o700), file("d/x", b"some content " * 500), symlink("s", "d/x"), hardlink("h", "d/x"), fifo("p"),
-    file("e"), file("r", bytes(9000)), *(file(f"many/{i}", b"%d" % i) for i in range(40)),
+    directory("d", mode=0o700), file("d/x", b"some content " * 500), symlink("s", "d/x"), hardlink("h", "d/x"),
+    fifo("p"), file("e"), file("r", bytes(9000)), *(file(f"many/{i}", b"%d" % i) for i in range(40)),
 ]
 
 
@@ -131,7 +131,7 @@ def test_hostile_images_end_in_a_clean_error(small: tuple[Path, Tree]) -> None:
         bad = bytearray(good)
         for _ in range(chosen.randint(1, 12)):
             at = chosen.choice([chosen.randrange(96), chosen.randrange(used)])
-            bad[at : at + 4] = chosen.choice([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", chosen.randbytes(4)])
+            bad[at : at + 4] = chosen.choice([bytes(4), b"\xff" * 4, b"\xff\xff\xff\x7f", chosen.randbytes(4)])
         path.write_bytes(bytes(bad[: len(good)]))
         try:
             check(path, tree)
@@ -189,5 +189,5 @@ def test_images_of_mksquashfs_are_read(tmp_path: Path) -> None:
 def test_superblock_of_what_is_no_image(tmp_path: Path) -> None:
     for data in (b"", b"hsqs", b"not an image" * 100, b"hsqs" + bytes(92), b"hsqs" + b"\xff" * 92):
         (tmp_path / "x").write_bytes(data)
-        with pytest.raises(ConvertError, match="squashfs image"):
+        with pytest.raises(ConvertError, match="squashfs"):
             sqfs_reader.superblock(str(tmp_path / "x"))

@@ -12,7 +12,7 @@ import pytest
 
 from shifterwrap.convert import tar
 from shifterwrap.convert.tree import DIRECTORY, FIFO, FILE, SYMLINK
-from shifterwrap.errors import ConvertError, LimitExceeded
+from shifterwrap.errors import ConvertError
 from tests.testbed.ocilayout import directory, fifo, file, hardlink, pax, symlink
 from tests.unit.tarbuild import archive, content, merge, pieces, raw_header, read
 
@@ -87,7 +87,7 @@ def test_numbers(field: bytes, value: int) -> None:
     assert one(raw_header(b"x", uid=field)).uid == value
 
 
-@pytest.mark.parametrize("field", [b"0000009\0", b"0o12345\0", b"1_0\0\0\0\0\0", b"-000001\0", b"+000001\0", b"zzzzzzz\0"])
+@pytest.mark.parametrize("field", [b"0000009", b"0o12345", b"1_0\0\0\0\0", b"-000001", b"+000001", b"zzzzzzz"])
 def test_what_is_no_number(field: bytes) -> None:
     with pytest.raises(ConvertError, match="bad number"):
         read(raw_header(b"x", uid=field))
@@ -278,13 +278,8 @@ def test_F31_everything_after_the_end_is_read() -> None:
             seen.append(len(piece))
             yield piece
 
-    assert len(list(tar.members(watched(), 10))) == 1
+    assert len(list(tar.members(watched()))) == 1
     assert sum(seen) == len(archive(file("x"))) + 80_000
-
-
-def test_too_many_entries() -> None:
-    with pytest.raises(LimitExceeded):
-        list(tar.members(pieces(archive(*(file(str(i)) for i in range(11)))), 10))
 
 
 # ---- hostile input
@@ -304,7 +299,7 @@ def test_F36_damaged_tars_end_in_a_clean_error() -> None:
             bad[at + 148 : at + 156] = b"%06o\0 " % sum(bad[at : at + BLOCK])
         try:
             found = read(bytes(bad[: chosen.randint(1, len(bad))]))
-        except (ConvertError, LimitExceeded):
+        except ConvertError:
             continue
         assert all(0 <= m.size < 1 << 51 and 0 <= m.uid < 1 << 32 and b".." not in m.path.split(b"/") for m in found)
 
