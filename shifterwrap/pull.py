@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -365,12 +366,23 @@ def produce(flight: Flight, job: Job, config: Config, emit: Emit) -> None:
     singleflight.tell(flight, "done", key=str(key))
 
 
+def _end_at(deadline: float) -> None:
+    """Interrupt this process at ``deadline``, whatever it waits for: a writer that hangs, a disk that does not answer."""
+
+    def late(number: int, frame: object) -> None:
+        raise WaitTimeout("the deadline passed before the image was converted")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.time(), 0.001))
+
+
 def work(text: str) -> int:
     """A worker's main: the order that lease.py gave it, as JSON; the failure is left in the lock's record."""
     order = json.loads(text)
     raw = order["job"]
     reference = Reference(*raw["reference"])
     job = Job(reference, Platform(*raw["platform"]), raw["root"], tuple(raw["kinds"]), raw["always"], raw["deadline"])
+    _end_at(job.deadline)
     listener = Progress(order["prog"], str(reference), sys.stderr, verbose=order["verbose"])
     try:
         produce(Flight(*order["flight"]), job, from_values(order["config"]), listener)

@@ -167,10 +167,12 @@ def _wait(path: str, waiter: Waiter) -> None:
 def _raise_failure(record: dict[str, Any], since: float, believe: bool) -> None:
     if record.get("state") != "failed" or not isinstance(record.get("error"), dict):
         return
-    happened, expires = float(record.get("time", 0)), float(record.get("expires", 0))
+    happened, expires, now = float(record.get("time", 0)), float(record.get("expires", 0)), time.time()
+    if happened > now:  # the clock was set back since
+        return
     if happened >= since:
         raise from_record(record["error"])
-    if believe and happened <= time.time() < expires:
+    if believe and now < expires:
         error = from_record(record["error"])
-        error.message += f" (so process {record.get('pid')} found {time.time() - happened:.0f} s ago)"
+        error.message += f" (so process {record.get('pid')} found {now - happened:.0f} s ago)"
         raise error

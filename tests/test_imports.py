@@ -49,15 +49,20 @@ MAY_IMPORT = {
     "convert": "",
     "convert.tree": "",
     "convert.room": "errors",
-    "convert.tar": "errors convert.tree",
+    "convert.tar_stream": "",
+    "convert.tar_fields": "errors",
+    "convert.tar_sparse": "errors convert.tar_fields convert.tar_stream convert.tree",
+    "convert.tar": "errors convert.tar_fields convert.tar_sparse convert.tar_stream convert.tree",
     "convert.accelerators": "isal lz4 zstandard",
     "convert.decode": "errors convert.accelerators",
     "convert.layer": "errors oci convert.decode convert.tar",
-    "convert.flatten": "errors convert.layer convert.tar convert.tree",
+    "convert.policy": "convert.tree",
+    "convert.flatten": "errors convert.layer convert.policy convert.tar convert.tree",
     "convert.content": "errors convert.accelerators convert.tree",
     "convert.merged_tar": "convert.tree",
     "convert.decompress": "errors convert.accelerators convert.decode",
-    "convert.sqfs_reader": "errors convert.decompress convert.tree",
+    "convert.sqfs_tables": "convert.decompress",
+    "convert.sqfs_reader": "convert.decompress convert.sqfs_tables convert.tree",
     "convert.squashfs": (
         "errors events convert.content convert.decompress convert.merged_tar convert.room convert.sqfs_reader "
         "convert.tree"

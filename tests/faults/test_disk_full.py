@@ -91,7 +91,7 @@ def user(tester: Person, disk: Disk) -> Person:
 
 
 def one_layer(version: str) -> Image:
-    """As ``ends.app``, in one layer that is packed tighter than a squashfs of it: a pull needs more than it reserves."""
+    """As ``ends.app`` in one layer, packed tighter than a squashfs of it: a pull needs more than it reserves."""
     base = busybox_layer().source
     assert isinstance(base, bytes)
     layer = tar([file("version", version.encode())])[:1024] + base  # without the end: header, data, base
@@ -109,7 +109,6 @@ def full(user: Person, reference: str) -> None:
     assert before.items() <= after.items()
     assert {name for name in after if name.startswith("refs/")} == {name for name in before if name.startswith("refs/")}
     assert ends.unfinished(user.cache) == []
-
 
 
 class Filling:
@@ -133,7 +132,7 @@ class Filling:
 # ---- space
 
 
-@pytest.mark.parametrize("pages", [0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 16, 64, 256])
+@pytest.mark.parametrize("pages", [0, 1, 2, 4, 6, 7, 8, 9, 16, 256])
 def test_a_disk_that_is_full_from_the_beginning(user: Person, disk: Disk, hub: Registry, pages: int) -> None:
     reference = hub.add("lab/app", "1", one_layer("1"))
     disk.fill(pages * PAGE)
@@ -166,7 +165,7 @@ def test_a_disk_that_becomes_full_while_a_blob_is_written(
 
 
 def test_a_disk_that_is_full_before_the_image_is_written(user: Person, disk: Disk, hub: Registry) -> None:
-    """From what a pull reserves to what it needs, page by page at the end: the image itself, and the files beside it."""
+    """From what a pull reserves to what it needs, page by page at the end: the image, and the files beside it."""
     site = configured(user, compressor="gzip", compression_level=1, block_bytes="64K")
     content = one_layer("1")
     reference = hub.add("lab/app", "1", content)
@@ -189,6 +188,18 @@ def test_a_disk_that_is_full_before_the_image_is_written(user: Person, disk: Dis
     assert outcomes == sorted(outcomes)
     assert outcomes[:3] == [False] * 3
     assert outcomes[-1]
+
+
+def test_a_disk_that_becomes_full_while_a_tree_is_written(user: Person, disk: Disk, hub: Registry) -> None:
+    site = ends.with_trees(user)
+    content = one_layer("1")
+    reference = hub.add("lab/app", "1", content)
+    hub.fault(layer_of(content), Filling(disk, 0.99, 1 << 20))
+    full(site, reference)
+    disk.free()
+    hub.heal()
+    assert run(site, reference) == "1"
+    ends.verified(site)
 
 
 def pages(size: int) -> int:

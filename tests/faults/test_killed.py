@@ -1,4 +1,4 @@
-"""Pulls that are killed, stopped and interrupted: the kernel drops their locks, others take over, nothing is damaged."""
+"""Pulls that are killed, stopped or interrupted: their locks are dropped, others take over, nothing is damaged."""
 
 from __future__ import annotations
 
@@ -81,10 +81,13 @@ def test_a_pull_that_is_killed_while_the_registry_sends_leaves_only_garbage(
     recovers(user, reference)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "tree"), [*((stage, False) for stage in STAGES), ("convert", True), ("commit", True)]
+)
 def test_a_pull_that_is_killed_when_a_stage_begins_leaves_only_garbage(
-    user: Person, hub: Registry, stage: str
+    user: Person, hub: Registry, stage: str, tree: bool
 ) -> None:
+    user = ends.with_trees(user) if tree else user
     ends.kept(user, hub)
     before = ends.visible(user.cache)
     reference = hub.add("lab/app", "1", app())
@@ -187,7 +190,8 @@ def test_a_waiter_for_another_tag_of_the_same_image_gives_up_too(user: Person, h
         pulling = start(user, first)
         hold.reached()
         hasty = configured(user, pull_deadline_seconds=2)
-        refused(hasty.run(["wrapped-run", second]), "deadline", f"another pull of {app().digest}", "raise pull_deadline")
+        done = hasty.run(["wrapped-run", second])
+        refused(done, "deadline", f"another pull of {app().digest}", "raise pull_deadline")
     assert ends.finished(pulling).stdout == "1"
     assert run(user, second) == "1"
     assert hub.count("GET", LAYER) == 1

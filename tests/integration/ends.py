@@ -24,7 +24,7 @@ NEEDS = ("users", "busybox", "userns", "tar2sqfs", "fuse", "squashfuse_ll")
 QUICK = {"connect_seconds": 2, "read_seconds": 1, "retries": 0, "cache_min_free_bytes": 0}
 DONE = subprocess.CompletedProcess
 PATIENCE_SECONDS = 60.0
-_PROGRESS = re.compile(r"[a-z-]+: ((resolve|fetch|convert|verify|commit) docker://|waiting for process \S+ to pull )")
+_PROGRESS = re.compile(r"[a-z-]+: ((resolve|fetch|convert|verify|commit) docker://|waiting for |warning: )")
 
 
 # ---- who runs what
@@ -37,6 +37,11 @@ def configured(person: Person, **settings: Any) -> Person:
     path.chmod(0o644)
     env = {"SHIFTERWRAP_CONFIG": str(path), "SHIFTERWRAP_RUNTIME": "embedded", "XDG_RUNTIME_DIR": str(person.home)}
     return person._replace(env={**person.env, **env})
+
+
+def with_trees(person: Person) -> Person:
+    """``person`` where no tool writes squashfs: images become directory trees."""
+    return configured(person, tool_path="/nonexistent")
 
 
 @functools.cache

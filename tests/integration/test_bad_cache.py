@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -302,6 +303,19 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced_by_the_next_run(user: Person,
     assert len(list((user.cache / "entries").iterdir())) == 1
 
 
+def test_a_damaged_tree_is_replaced_too(user: Person, hub: Registry) -> None:
+    site = ends.with_trees(user)
+    kept = ends.kept(site, hub)
+    shutil.rmtree(entry_of(site) / "tree")
+    assert run(site, kept) == "kept"
+    (entry_of(site) / "tree" / "version").chmod(0o666)
+    (entry_of(site) / "tree" / "version").write_text("fake")
+    done = site.run(["shifterwrap", "verify"])
+    assert (done.returncode, done.stdout.split()[0]) == (1, "DAMAGED")
+    assert site.run(["shifterwrap", "rm", kept]).returncode == 0
+    assert run(site, kept) == "kept"
+
+
 def test_a_damaged_entry_is_replaced_where_the_tag_did_not_move(user: Person, hub: Registry) -> None:
     kept = ends.kept(user, hub)
     truncated(entry_of(user))
@@ -359,7 +373,13 @@ def test_a_damaged_image_document_is_told_with_the_command_that_cures_it(
 
 
 REFS = [
-    b"", b"[]", b"{}", b"null", b"\0" * 4096, b"\xff\xfe", b"[" * 200_000,
+    b"",
+    b"[]",
+    b"{}",
+    b"null",
+    b"\0" * 4096,
+    b"\xff\xfe",
+    b"[" * 200_000,
     b'{"reference": 1}',
     b'{"reference":"r","platform":"p","digest":5,"source_digest":"","resolved":0}',
     b'{"reference":"r","platform":"p","digest":"../../../etc","source_digest":"","resolved":0}',

@@ -126,7 +126,7 @@ def fork(work: Callable[[], object]) -> int:
     try:
         work()
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - a child must never return into pytest
         import traceback
 
         traceback.print_exc()

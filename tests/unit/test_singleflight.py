@@ -295,6 +295,13 @@ def test_a_newcomer_tries_again_whoever_died_before(work: Work) -> None:
     assert singleflight.join(work.lock, waiter(since=time.time()), work.find, work.produce) == "made"
 
 
+def test_deaths_before_its_time_are_not_counted_by_a_newcomer(work: Work) -> None:
+    flight = take(work)._replace(deaths=2)
+    singleflight.tell(flight, "pulling")
+    os.close(flight.fd)
+    assert singleflight.join(work.lock, waiter(since=time.time() + 1), work.find, work.produce) == "made"
+
+
 def test_deaths_are_counted_over_processes(work: Work) -> None:
     flight = take(work)._replace(deaths=1)
     singleflight.tell(flight, "pulling")
@@ -323,7 +330,7 @@ def test_a_newcomer_believes_a_failure_until_it_expires(work: Work, monkeypatch:
     happened = failed(work, RateLimited("slow down"))
     expiry = singleflight.FAILURE_EXPIRY_SECONDS["RateLimited"]
     monkeypatch.setattr(time, "time", lambda: happened + expiry - 1)
-    with pytest.raises(RateLimited):
+    with pytest.raises(RateLimited, match=rf"slow down \(so process {os.getpid()} found 29 s ago\)"):
         singleflight.join(work.lock, waiter(since=happened + 1), work.find, work.produce)
     monkeypatch.setattr(time, "time", lambda: happened + expiry + 1)
     assert singleflight.join(work.lock, waiter(since=happened + expiry), work.find, work.produce) == "made"
@@ -348,15 +355,10 @@ def test_who_waited_believes_even_when_he_insists(work: Work) -> None:
 
 
 def test_a_failure_from_the_future_is_not_believed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock was set back: nobody waits for it to come round again."""
+    """The clock was set back; it may be hours until it comes round again."""
     happened = failed(work, NotFound("no such tag"))
     monkeypatch.setattr(time, "time", lambda: happened - 1000)
-    flight = take(work)
-    record = singleflight.read(work.lock)
-    os.close(flight.fd)
-    assert record["time"] == happened
-    with pytest.raises(NotFound):  # it happened after we came, as far as anybody can tell
-        singleflight.join(work.lock, waiter(since=happened - 1000), work.find, work.produce)
+    assert singleflight.join(work.lock, waiter(since=happened - 1000), work.find, work.produce) == "made"
 
 
 def test_a_failure_of_a_newer_version_is_an_error_all_the_same(work: Work) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -362,6 +363,24 @@ def test_a_leased_entry_is_not_removed_and_not_waited_for(root: str) -> None:
     assert whole(root)
 
 
+def test_who_locked_an_entry_that_was_replaced_meanwhile_removes_nothing(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(root, key())
+    real_lock = linux.ofd_lock
+
+    def lose_the_race(fd: int, kind: int) -> bool:
+        monkeypatch.setattr(linux, "ofd_lock", real_lock)
+        store.remove(root, str(key()))
+        publish(root, key(), b"image")
+        return real_lock(fd, kind)
+
+    monkeypatch.setattr(linux, "ofd_lock", lose_the_race)
+    with pytest.raises(EntryBusy):
+        store.remove(root, str(key()))
+    assert names(root) == [str(key())]
+
+
 def test_what_is_not_there_is_removed_for_free(root: str) -> None:
     assert store.remove(root, str(key())) == 0
     assert names(root) == []
@@ -482,7 +501,13 @@ def test_what_was_written_is_not_counted_as_reserved_any_more(root: str) -> None
 
 
 @pytest.mark.usefixtures("roomy")
-def test_of_many_who_reserve_at_once_only_those_succeed_who_fit(root: str, tmp_path: Path) -> None:
+def test_of_many_who_reserve_at_once_only_those_succeed_who_fit(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(root: str) -> list[evict.Candidate]:
+        time.sleep(0.01)  # whoever looks gives the others the time to look, too
+        return []
+
     def take() -> None:
         with store.stage(root) as made:
             try:
@@ -493,6 +518,7 @@ def test_of_many_who_reserve_at_once_only_those_succeed_who_fit(root: str, tmp_p
             os.mkdir(tmp_path / f"taken-{os.getpid()}")
             entries.until(lambda: len(os.listdir(tmp_path)) == 9)  # the cache is one of them
 
+    monkeypatch.setattr(store, "candidates", slowly)
     children = [entries.fork(take) for _ in range(8)]
     assert [entries.ended(child) for child in children] == [0] * 8
     assert sum(name.startswith("taken-") for name in os.listdir(tmp_path)) == 3
