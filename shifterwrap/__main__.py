@@ -8,12 +8,13 @@ import sys
 
 
 def main() -> int:
-    """``pull-worker ORDER`` and ``snapshot PATH`` are for this package's own use; the rest is ``shifterwrap``."""
+    """``pull-worker``, with its order on standard input, and ``snapshot PATH`` are this package's own; the rest is
+    ``shifterwrap``."""
     words = sys.argv[1:]
     if words[:1] == ["pull-worker"]:
         from shifterwrap.pull import work
 
-        return work(words[1])
+        return work(sys.stdin.read())
     if words[:1] == ["snapshot"]:
         from shifterwrap.sitefile import answer
 

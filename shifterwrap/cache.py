@@ -115,15 +115,28 @@ def locate(environ: Mapping[str, str], uid: int, local_scratch: str) -> str:
     if named:
         if not named.startswith("/"):
             raise CacheError(f"SHIFTERWRAP_CACHE_DIR is not an absolute path: {named}", "name a node-local directory")
-        kind = linux.network_file_system(_existing(named))
-        if kind:
-            raise CacheError(f"{named} is on a network file system ({kind})",
-                             "set SHIFTERWRAP_CACHE_DIR to a node-local directory")
+        _refuse_network(named)
         return os.path.normpath(named)
     for base, name in _candidates(environ, uid, local_scratch):
-        if os.access(_existing(base), os.W_OK) and not linux.network_file_system(_existing(base)):
+        if _is_safe_place(_existing(base), uid) and not linux.network_file_system(_existing(base)):
             return os.path.join(base, name)
     return f"/var/tmp/shifterwrap-{uid}"
+
+
+def _refuse_network(path: str) -> None:
+    kind = linux.network_file_system(_existing(path))
+    if kind:
+        raise CacheError(f"{path} is on a network file system ({kind})",
+                         "set SHIFTERWRAP_CACHE_DIR to a node-local directory")
+
+
+def _is_safe_place(base: str, uid: int) -> bool:
+    """Whether we can write there and nobody else can exchange what we wrote: a user's directory is not root's."""
+    try:
+        info = os.stat(base)
+    except OSError:
+        return False
+    return os.access(base, os.W_OK) and (info.st_uid in (0, uid) or bool(info.st_mode & stat.S_ISVTX))
 
 
 def _candidates(environ: Mapping[str, str], uid: int, local_scratch: str) -> Iterator[tuple[str, str]]:
@@ -161,6 +174,7 @@ def check(root: str, uid: int) -> bool:
     if info.st_uid != uid:
         raise CacheError(f"cache {root} belongs to uid {info.st_uid}, not to {uid}",
                          "a cache without a daemon has one user: set SHIFTERWRAP_CACHE_DIR to a directory of yours")
+    _refuse_network(root)  # FUSE too: whoever serves it says who owns it
     if info.st_mode & 0o022:
         raise CacheError(f"cache {root} is writable by others", f"repair it with: chmod 700 {root}")
     try:
@@ -225,9 +239,19 @@ def lease_name(root: str, name: str) -> Optional[Lease]:
         entry = read_entry(path)
         if entry is not None and sound(entry):
             _mark_used(fd)
-            return Lease(entry, fd)
+            return Lease(entry, _out_of_the_way(fd))
     os.close(fd)
     return None
+
+
+def _out_of_the_way(fd: int) -> int:
+    """The lease on a descriptor that no script takes for its own: ``exec 3>file`` would end it."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100)
+    except OSError:  # RLIMIT_NOFILE is lower
+        return fd
+    os.close(fd)
+    return high
 
 
 def lease_first(root: str, keys: Sequence[Key]) -> Optional[Lease]:

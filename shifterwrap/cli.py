@@ -13,7 +13,19 @@ from typing import Any, NamedTuple, Optional
 from . import __version__, cache, config, doctor, evict, host, lease, oci, progress, store
 from .cache import Entry
 from .config import Config
-from .errors import BadReference, CacheError, ConfigError, EntryBusy, Error, NotCached, UsageError, describe, guard
+from .errors import (
+    BadReference,
+    CacheError,
+    ConfigError,
+    EntryBusy,
+    Error,
+    NotCached,
+    UsageError,
+    describe,
+    fill_standard_streams,
+    guard,
+    printable,
+)
 
 PROG = "shifterwrap"
 
@@ -28,6 +40,7 @@ class Context(NamedTuple):
 
 def main() -> int:
     """The program."""
+    fill_standard_streams()
     args = _parser().parse_args()
     return guard(PROG, lambda: _flushed(_dispatch(args)), admin=True, json=bool(args.json))
 
@@ -64,8 +77,8 @@ def _pull(context: Context) -> int:
     for text in context.args.image:
         want = lease.wanted(text, platform, context.settings, facts.mounts_squashfs, os.environ, facts.uid)
         held = lease.obtain(want, context.settings, when, PROG, verbose=context.args.verbose)
-        os.close(held.fd)
         rows.append({"reference": str(want.reference), **_row(context.root, held.entry)})
+        os.close(held.fd)
     _print(context, rows, lambda row: f"{row['reference']} {row['digest']} {row['path']}")
     return 0
 
@@ -85,7 +98,10 @@ def _list(context: Context) -> int:
         names.setdefault((ref.digest, ref.platform), []).append(ref.reference)
     rows = []
     for entry in cache.entries(context.root):
-        row = _row(context.root, entry)
+        try:
+            row = _row(context.root, entry)
+        except FileNotFoundError:
+            continue  # removed while we looked
         rows.append({"references": names.get((row["digest"], row["platform"]), []), **row})
     if context.args.json:
         print(json.dumps(rows, indent=1))
@@ -152,7 +168,7 @@ def _inspect(context: Context) -> int:
         print(json.dumps(documents, indent=1))
         return 0
     for document in documents:
-        print("\n".join(_inspect_lines(document)))
+        print("\n".join(map(printable, _inspect_lines(document))))
     return 0
 
 
@@ -228,8 +244,9 @@ def _rm(context: Context) -> int:
 
 def _forget(context: Context) -> None:
     """Drop the refs of digests that no entry has any more."""
-    kept = {entry.record.get("digest") for entry in cache.entries(context.root)}
-    store.remove_refs(context.root, {ref.digest for ref in cache.refs(context.root)} - kept)
+    named = {ref.digest for ref in cache.refs(context.root)}  # first: who pulls meanwhile commits, then names
+    kept = {str(entry.record.get("digest")) for entry in cache.entries(context.root)}
+    store.remove_refs(context.root, named - kept)
 
 
 def _pin(context: Context) -> int:
@@ -255,6 +272,7 @@ def _gc(context: Context) -> int:
     """Remove what dead pulls left, then what is over the limits or unused for too long."""
     args, settings = context.args, context.settings
     limit = settings.cache_max_bytes if args.max_bytes is None else max(args.max_bytes, 1)  # 0 would be no limit
+    reaped = 0 if args.dry_run else store.reap(context.root)
     need = store.shortage(context.root, 0, limit, settings.cache_min_free_bytes)
     now = time.time()
     candidates = store.candidates(context.root)
@@ -262,7 +280,6 @@ def _gc(context: Context) -> int:
     if args.older_than is not None:
         doomed += [item for item in candidates
                    if item not in doomed and not item.kept and now - item.last_used > args.older_than * 86400]
-    reaped = 0 if args.dry_run else store.reap(context.root)
     removed = []
     for item in doomed:
         try:
@@ -313,8 +330,8 @@ def _copy(source: str, target: str) -> None:
                 left -= os.sendfile(dst.fileno(), src.fileno(), None, left)
             os.fsync(dst.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        if os.path.exists(temporary):
+    except BaseException as exc:
+        if not isinstance(exc, FileExistsError):
             os.unlink(temporary)
         raise
 

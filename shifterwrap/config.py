@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 
+from . import __version__
 from .errors import ConfigError, from_record
 from .values import TYPE_CHECKING, NamedTuple, loads
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SITE_FILE = "/etc/shifterwrap/shifterwrap.yaml"
 SITE_SNAPSHOT = "/run/shifterwrap/config.json"
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = f"1 {__version__}"  # a snapshot holds every default, and those belong to a version
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -116,7 +117,8 @@ def _read_snapshot(snapshot: str, uid: int, path: str, sources: list[list[Any]])
         return None
     with open(fd, "rb") as stream:
         info = os.fstat(fd)
-        if info.st_uid not in (0, uid) or info.st_mode & 0o022:
+        owner = 0 if snapshot == SITE_SNAPSHOT else uid
+        if info.st_uid != owner or info.st_mode & 0o022 or not _is_private(os.path.dirname(snapshot), owner):
             return None
         try:
             document = loads(stream.read().decode())
@@ -125,6 +127,13 @@ def _read_snapshot(snapshot: str, uid: int, path: str, sources: list[list[Any]])
     if not isinstance(document, dict) or document.get("version") != SNAPSHOT_VERSION or document.get("path") != path:
         return None
     return document["values"] if document.get("sources") == sources else None
+
+
+def _is_private(directory: str, owner: int) -> bool:
+    """Whether only ``owner`` can put files there; a file system mounted on it could say anything about owners."""
+    info = os.lstat(directory)
+    same = info.st_dev == os.lstat(os.path.dirname(directory)).st_dev
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == owner and not info.st_mode & 0o022 and same
 
 
 def from_values(values: Mapping[str, Any]) -> Config:

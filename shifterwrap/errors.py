@@ -180,8 +180,12 @@ class Bug(Error):
 
 def one_line(text: object) -> str:
     """``text`` as one printable line: control characters of hostile servers never reach a terminal."""
-    flat = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "?" for c in flat.encode(errors="replace").decode())[:2000]
+    return printable(" ".join(str(text).split()))[:2000]
+
+
+def printable(text: str) -> str:
+    """``text`` with a question mark for whatever a terminal might obey."""
+    return "".join(c if c.isprintable() else "?" for c in text.encode(errors="replace").decode())
 
 
 def from_record(record: Mapping[str, object]) -> Error:
@@ -213,6 +217,15 @@ def with_causes(exc: Error) -> str:
             parts.append(detail)
         cause = cause.__cause__
     return ": ".join(parts)
+
+
+def fill_standard_streams() -> None:
+    """Open what the caller has closed of 0, 1 and 2, so that no lease becomes somebody's standard output."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
 
 
 def guard(prog: str, main: Callable[[], int], *, admin: bool = False, json: bool = False) -> int:

@@ -26,7 +26,7 @@ def victims(candidates: Sequence[Candidate], need_bytes: int, now: float) -> lis
     for candidate in sorted(candidates, key=lambda item: (item.last_used, item.name)):
         if need_bytes <= 0:
             break
-        if not candidate.kept and now - candidate.last_used >= MIN_AGE_SECONDS:
+        if not candidate.kept and not 0 <= now - candidate.last_used < MIN_AGE_SECONDS:
             chosen.append(candidate)
             need_bytes -= candidate.bytes
     return chosen

@@ -15,14 +15,14 @@ import time
 from . import __version__, cache, config, host, lease, plan, request
 from .cache import Lease
 from .config import Config
-from .errors import RuntimeUnavailable, UsageError, guard
+from .errors import RuntimeUnavailable, UsageError, fill_standard_streams, guard, printable
 from .host import Host
 from .request import LaunchRequest
 from .runtimes import apptainer, charliecloud, embedded
 from .values import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import NoReturn
 
 PROG = "wrapped-run"
@@ -31,17 +31,10 @@ RUNTIMES = ("embedded", "apptainer", "charliecloud")
 
 def main() -> int:
     """The program: parse, then launch; returns only when the command was not started."""
-    _fill_standard_streams()
+    fill_standard_streams()
+    if "--json" in sys.argv:
+        import json  # noqa: F401 - an error inside the container is told as JSON, and nothing can be imported there
     return guard(PROG, lambda: _parsed(request.parse(sys.argv[1:], os.environ)), json="--json" in sys.argv)
-
-
-def _fill_standard_streams() -> None:
-    """Open what the caller has closed of 0, 1 and 2, so that no lease becomes somebody's standard output."""
-    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w")
-    sys.stderr = sys.stderr or open(2, "w")
 
 
 def _parsed(asked: LaunchRequest) -> int:
@@ -175,9 +168,17 @@ def _print_plan(asked: LaunchRequest, made: plan.Plan, facts: Host, runtime: str
         print(json.dumps({"runtime": runtime, "image": made.image.path, "operations": operations, "env": changed,
                           "argv": argv}))
         return
-    print("\n".join([f"runtime {runtime}", *operations]))
+    print("\n".join([f"runtime {runtime}", *map(printable, operations)]))
     prefix = ["env", *(f"{name}={value}" for name, value in sorted(changed.items()))] if changed else []
-    print(shlex.join([*prefix, *argv]))
+    print(" ".join(_quoted(word, shlex.quote) for word in [*prefix, *argv]))
+
+
+def _quoted(word: str, quote: Callable[[str], str]) -> str:
+    """``word`` for a shell; what a terminal might obey, for an image's variables may hold that, as bash writes it."""
+    if word.isprintable() or word.replace("\n", "").isprintable():
+        return quote(word)
+    data = os.fsencode(word)
+    return "$'" + "".join(chr(c) if 32 <= c < 127 and c not in b"\\'" else f"\\x{c:02x}" for c in data) + "'"
 
 
 def _tell(asked: LaunchRequest, stage: str, began: float) -> None:

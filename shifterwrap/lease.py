@@ -46,7 +46,7 @@ def wanted(text: str, platform: Optional[Platform], settings: Config, mounts: bo
 def find(want: Want, since: float = 0.0) -> Optional[Lease]:
     """A lease on the image if it is cached, and was resolved not before ``since`` (seconds since the epoch)."""
     ref = cache.lookup(want.root, want.reference, want.platform)
-    if ref is None or ref.resolved < since:
+    if ref is None or (since and not since <= ref.resolved <= time.time()):
         return None
     return cache.lease_first(want.root, [Key(ref.digest, want.platform, want.policy, kind) for kind in want.kinds])
 
@@ -92,7 +92,7 @@ def _work(flight: Flight, order: dict[str, Any]) -> None:
 
     text = json.dumps({**order, "flight": flight})
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
-    code = subprocess.run([sys.executable, "-I", program, "pull-worker", text], stdin=subprocess.DEVNULL, stdout=2,
+    code = subprocess.run([sys.executable, "-I", program, "pull-worker"], input=text.encode(), stdout=2,
                           pass_fds=[flight.fd], check=False).returncode
     record = singleflight.read(flight.path) if code > 0 else {}
     if record.get("state") == "failed":

@@ -14,20 +14,16 @@ MS_NODEV = 0x4
 MS_NOEXEC = 0x8
 MS_REMOUNT = 0x20
 MS_BIND = 0x1000
-MS_MOVE = 0x2000
 MS_REC = 0x4000
-MS_PRIVATE = 0x40000
 MS_SLAVE = 0x80000
 MNT_DETACH = 0x2
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
-RENAME_NOREPLACE = 0x1
 PR_SET_NO_NEW_PRIVS = 38
 LOOP_CTL_GET_FREE = 0x4C82
 LOOP_SET_FD = 0x4C00
 LOOP_CLR_FD = 0x4C01
 LOOP_SET_STATUS64 = 0x4C04
-LOOP_GET_STATUS64 = 0x4C05
 LOOP_CONFIGURE = 0x4C0A
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
@@ -35,8 +31,6 @@ LO_FLAGS_AUTOCLEAR = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "ppc64le": 203, "riscv64": 41, "s390x": 217}
-_SYS_RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "ppc64le": 357, "riscv64": 276, "s390x": 347}
-_AT_FDCWD = -100
 # struct flock of a 64-bit system: l_type, l_whence, l_start, l_len, l_pid (must be 0 for OFD locks), padding
 _FLOCK = struct.Struct("hhqqi4x")
 
@@ -89,12 +83,6 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def no_new_privs() -> None:
     """prctl(PR_SET_NO_NEW_PRIVS): set-user-ID files and file capabilities give nothing from here on."""
     _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)))
-
-
-def rename_noreplace(source: str, target: str) -> None:
-    """renameat2(RENAME_NOREPLACE); raises FileExistsError and leaves both alone when ``target`` exists."""
-    _check(_syscall(_SYS_RENAMEAT2, _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE),
-           target)
 
 
 def syncfs(fd: int) -> None:

@@ -298,7 +298,7 @@ def parse_config(document: dict[str, Any], layers: int, where: str) -> ImageConf
             raise RegistryError(f"{where}: diff_ids: {exc.message}", _AT_FAULT) from None
     labels = run.get("Labels") or {}
     return ImageConfig(
-        env=tuple(item for item in _strings(run.get("Env"), f"{where}: Env") if "=" in item.lstrip("=")),
+        env=tuple(item for item in _strings(run.get("Env"), f"{where}: Env") if item.find("=") > 0),
         entrypoint=_strings(run.get("Entrypoint"), f"{where}: Entrypoint"),
         cmd=_strings(run.get("Cmd"), f"{where}: Cmd"),
         working_dir=_string(run.get("WorkingDir"), f"{where}: WorkingDir"),

@@ -152,7 +152,9 @@ def run(job: Job, config: Config, emit: Emit) -> Key:
             _warn_of_platform(resolved, job, emit)
         key = _converted_once(job, config, source, settings, resolved, emit)
     except OSError as exc:
-        raise store.explain(exc, job.root) from exc
+        if exc.errno in store.FULL or str(exc.filename).startswith(job.root):
+            raise store.explain(exc, job.root) from exc
+        raise
     finally:
         source.close()
     _remember(job, key.digest, resolved.source_digest)
@@ -245,8 +247,9 @@ def _make(job: Job, config: Config, source: DockerSource, settings: fetch.Settin
         else:
             record = _write_tree(tree, open_layer, image, emit)
         record.update(_provenance(job, resolved, tree))
-        store.write_file(os.path.join(staged.path, "manifest.json"), resolved.manifest_bytes)
-        store.write_file(os.path.join(staged.path, "config.json"), resolved.config_bytes)
+        store.write_file(os.path.join(staged.path, "manifest.json"), resolved.manifest_bytes, durable=True)
+        store.write_file(os.path.join(staged.path, "config.json"), resolved.config_bytes, durable=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # from here on it is only renamed: see _end_at
         with _stage("commit", emit):
             return store.commit(job.root, staged, key, record, _image_document(job, resolved, tree))
 
@@ -285,14 +288,7 @@ def _write_squashfs(tree: Tree, open_layer: OpenLayer, path: str, writer: squash
 def _write_tree(tree: Tree, open_layer: OpenLayer, path: str, emit: Emit) -> dict[str, Any]:
     with _stage("convert", emit):
         digest = tree_writer.write(tree, open_layer, path, emit)
-    return {"bytes": _disk_bytes(path), "sha256": digest, "compressor": "", "converter": "tree"}
-
-
-def _disk_bytes(path: str) -> int:
-    total = 0
-    for base, _, names in os.walk(path):
-        total += sum(os.lstat(os.path.join(base, name)).st_blocks * 512 for name in names)
-    return total
+    return {"bytes": tree.live_bytes + tree.names * 4096, "sha256": digest, "compressor": "", "converter": "tree"}
 
 
 def file_sha256(path: str) -> str:
@@ -367,7 +363,7 @@ def produce(flight: Flight, job: Job, config: Config, emit: Emit) -> None:
 
 
 def _end_at(deadline: float) -> None:
-    """Interrupt this process at ``deadline``, whatever it waits for: a writer that hangs, a disk that does not answer."""
+    """Interrupt this process at ``deadline``, whatever it waits for: a writer that hangs, a lock, a slow disk."""
 
     def late(number: int, frame: object) -> None:
         raise WaitTimeout("the deadline passed before the image was converted")

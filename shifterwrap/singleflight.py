@@ -80,7 +80,11 @@ def join(path: str, waiter: Waiter, find: Callable[[], Optional[Found]],
                 return found
             record = read(path)
             _raise_failure(record, waiter.since, believe)
-            produce(_after_deaths(flight, record, waiter.since))
+            if time.time() > waiter.deadline:
+                raise WaitTimeout("the deadline passed and the image is still not in the cache")
+            flight = _after_deaths(flight, record, waiter.since)
+            tell(flight, "pulling", stage="start", done=0, total=0)  # who dies from here on is counted
+            produce(flight)
         finally:
             os.close(flight.fd)
 

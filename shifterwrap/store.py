@@ -15,7 +15,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from . import cache, evict, linux
 from .cache import Entry, Key, Lease, Ref
 from .errors import CacheError, CacheFull, EntryBusy, Error
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIRECTORIES = ("entries", "refs", "pins", "locks", "stage")
 _REMOVER_POLLS = 50
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of shifterwrap; see https://bford.info/cachedir/\n"
@@ -72,7 +72,7 @@ def explained(root: str) -> Iterator[None]:
 
 def explain(exc: OSError, root: str) -> Error:
     """The error for an OSError met while writing under ``root``."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    if exc.errno in FULL:
         return CacheFull(f"no space left for the cache {root}")
     if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return CacheError(f"cache {root} cannot be written", "set SHIFTERWRAP_CACHE_DIR to a directory of yours")
@@ -161,24 +161,25 @@ def discard(made: Stage) -> None:
 
 
 def _remove_tree(path: str, keep: str = "") -> None:
-    for item in os.scandir(path):
-        if item.name == keep:
-            continue
-        if item.is_dir(follow_symlinks=False):
-            _make_removable(item.path)
-            shutil.rmtree(item.path, ignore_errors=True)
-        else:
-            _unlink(item.path)
-
-
-def _make_removable(path: str) -> None:
-    """Give the owner back what a tree entry's modes may deny, so that an ordinary user can remove his own."""
-    os.chmod(path, 0o700)
-    for base, names, _ in os.walk(path):
-        for name in names:
-            child = os.path.join(base, name)
-            if not os.path.islink(child) and os.lstat(child).st_mode & 0o700 != 0o700:
-                os.chmod(child, 0o700)
+    """Empty ``path`` but for ``keep``. Directories are lifted to the top before they are entered, so that neither depth
+    nor length of what an image nests can stop it, and opened to us first, whatever their modes deny."""
+    todo = [path]
+    while todo:
+        here = todo.pop()
+        for item in list(os.scandir(here)):
+            if here == path and item.name == keep:
+                continue
+            if not item.is_dir(follow_symlinks=False):
+                _unlink(item.path)
+                continue
+            os.chmod(item.path, 0o700)
+            lifted = item.path
+            if here != path:
+                lifted = os.path.join(path, uuid.uuid4().hex)
+                os.rename(item.path, lifted)
+            todo.append(lifted)
+        if here != path:
+            os.rmdir(here)
 
 
 def commit(root: str, made: Stage, key: Key, record: dict[str, Any], image: dict[str, Any]) -> Lease:
@@ -202,10 +203,13 @@ def commit(root: str, made: Stage, key: Key, record: dict[str, Any], image: dict
         write_json(os.path.join(made.path, "entry.json"), record, durable=True)
         _fsync(made.path)
         while True:
+            os.utime(made.lock_fd)  # its first use is now, not when the pull began
             try:
-                linux.rename_noreplace(made.path, target)  # before: garbage that any run may reap; after: complete
+                os.rename(made.path, target)  # before: garbage that any run may reap; after: complete
                 break
-            except FileExistsError:
+            except OSError as exc:  # a directory that is not empty is never replaced: rename(2)
+                if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
                 found = cache.lease(root, key)
             if found is not None:
                 return found
@@ -219,7 +223,11 @@ def _keep_only(path: str, names: set[str]) -> None:
     """Drop what was only needed to make the image: blobs, the reservation."""
     for item in os.scandir(path):
         if item.name not in names:
-            shutil.rmtree(item.path) if item.is_dir(follow_symlinks=False) else os.unlink(item.path)
+            if item.is_dir(follow_symlinks=False):
+                _remove_tree(item.path)
+                os.rmdir(item.path)
+            else:
+                os.unlink(item.path)
 
 
 def _make_way(root: str, name: str) -> None:
@@ -376,14 +384,19 @@ def _outstanding(path: str) -> int:
     reserved = cache.read_json(os.path.join(path, "reserved.json"))
     if not reserved:
         return 0
-    written = 0
-    for base, _, names in os.walk(path):
-        for name in names:
-            try:
-                written += os.lstat(os.path.join(base, name)).st_blocks * 512
-            except OSError:
-                continue  # its owner removed it meanwhile
+    written = _blocks(path) + _blocks(os.path.join(path, "blobs"))
     return max(int(reserved.get("bytes", 0)) - written, 0)
+
+
+def _blocks(directory: str) -> int:
+    """Bytes on disk of the files in ``directory``, not below it."""
+    total = 0
+    for name in _names(directory):
+        try:
+            total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+        except OSError:
+            continue  # its owner removed it meanwhile
+    return total
 
 
 def reserve(root: str, made: Stage, need_bytes: int, max_bytes: int, min_free_bytes: int,

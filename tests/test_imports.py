@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "events": "",
     "oci": "errors values",
     "request": "errors oci values",
-    "config": "errors values",
+    "config": "__init__ errors values",
     "sitefile": "errors config oci request yaml",
     "host": "errors linux values",
     "progress": "errors events",

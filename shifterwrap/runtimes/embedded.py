@@ -157,13 +157,21 @@ def _open_sources(plan: Plan) -> list[_Opened]:
     opened = []
     for bind in plan.base + plan.binds:
         try:
-            fd = os.open(bind.source, os.O_PATH | os.O_CLOEXEC)
+            fd = _open_source(bind.source)
         except OSError as exc:
             if bind.optional:
                 continue
             raise UsageError(f"bind source {bind.source}: {exc.strerror}", "correct --bind, or create it") from None
         opened.append(_Opened(bind, fd, stat.S_ISDIR(os.fstat(fd).st_mode)))
     return opened
+
+
+def _open_source(path: str) -> int:
+    """A descriptor for the bind's source. O_DIRECTORY, for O_PATH alone would not trigger an automount (open(2))."""
+    try:
+        return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 def _start_server(image: str, program: str) -> _Server:
@@ -185,6 +193,7 @@ def _start_server(image: str, program: str) -> _Server:
         os.close(ready)
         return _Server(fuse_fd, go, complaints)
     try:
+        os.setsid()  # before the next fork: a signal to the job's process group must not stop a server half started
         if os.fork() == 0:
             os.close(go)
             os.read(ready, 1)
@@ -194,15 +203,23 @@ def _start_server(image: str, program: str) -> _Server:
 
 
 def _serve(program: str, image: str, fuse_fd: int, complaints: int) -> None:
-    os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     keep = os.dup2(fuse_fd, 3) if fuse_fd != 3 else 3  # the others were opened later, none of them is 3
     for target, source in ((0, null), (1, null), (2, complaints)):
         os.dup2(source, target)
-    os.closerange(4, 1 << 20)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 3:
+            _close(int(name))
     os.set_inheritable(keep, True)
     os.execve(program, (program, "-f", image, f"/dev/fd/{keep}"), {"PATH": "/usr/bin:/bin"})
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # the one that listed the directory
 
 
 def _become_base() -> None:
@@ -245,6 +262,7 @@ def _mount_fuse(image: str, server: _Server, host: Host) -> None:
 def _assemble(plan: Plan, opened: list[_Opened], host: Host) -> None:
     """Build /root from /lower and put every bind on it."""
     generated = _generate(plan)
+    opened = _fitting(opened)
     targets = [(item.bind.target, item.is_directory) for item in opened]
     targets += [(path, False) for path in generated]
     _make_points(targets)
@@ -285,8 +303,11 @@ def _read_image_file(path: str) -> str:
         fd = os.open("/lower" + resolve("/lower", path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return ""
     with open(fd, encoding="utf-8", errors="surrogateescape") as stream:
-        return stream.read(1 << 20) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+        return stream.read(1 << 20)
 
 
 def resolve(root: str, path: str) -> str:
@@ -330,17 +351,45 @@ def place(root: str, target: str, is_directory: bool) -> str:
     return resolve(root, os.path.dirname(target)).rstrip("/") + "/" + os.path.basename(target)
 
 
+def _fitting(opened: list[_Opened]) -> list[_Opened]:
+    """The binds that the image has a place for.
+
+    A default that it has none for is left out, with a warning: an image whose /tmp is a file can still run. What the
+    user asked for is done or refused.
+    """
+    fitting = []
+    for item in opened:
+        try:
+            path = place("/lower", item.bind.target, item.is_directory)
+            _check_kind(path, item.bind.target, item.is_directory)
+        except SandboxError as exc:
+            if not item.bind.optional:
+                raise
+            print(f"wrapped-run: warning: {item.bind.target} is not bound: {exc}", file=sys.stderr, flush=True)
+            os.close(item.fd)
+            continue
+        fitting.append(item)
+    return fitting
+
+
+def _check_kind(path: str, target: str, is_directory: bool) -> Optional[int]:
+    """The mode of what the image has at ``path``, links as nothing; SandboxError when it is of the other kind."""
+    mode = _mode("/lower" + path)
+    if mode is None or stat.S_ISLNK(mode):
+        return None
+    if stat.S_ISDIR(mode) != is_directory:
+        raise SandboxError(f"{target} is a {'directory' if stat.S_ISDIR(mode) else 'file'} in the image",
+                           "bind a file on a file and a directory on a directory")
+    return mode
+
+
 def _make_points(targets: list[tuple[str, bool]]) -> None:
     """Make under /points what binds need and the image lacks; SandboxError where a file is in a directory's place."""
     places = [place("/lower", target, is_directory) for target, is_directory in targets]
     for (target, is_directory), path in zip(targets, places):
         if any(path.startswith(other + "/") for other in places):
             continue  # another bind covers the place: its content decides, the image's is not seen
-        mode = _mode("/lower" + path)
-        if mode is not None and not stat.S_ISLNK(mode):
-            if stat.S_ISDIR(mode) != is_directory:
-                raise SandboxError(f"{target} is a {'directory' if stat.S_ISDIR(mode) else 'file'} in the image",
-                                   "bind a file on a file and a directory on a directory")
+        if _check_kind(path, target, is_directory) is not None:
             continue
         with _step(f"a mount point at {target[:200]}"):
             _make_directories(path if is_directory else os.path.dirname(path), target)
@@ -422,9 +471,8 @@ def _bind(fd: int, target: str, *, readonly: bool) -> None:
 def _mounts_below(target: str, proc: str) -> list[str]:
     """``target`` and the mount points below it, which a recursive bind brought along."""
     with open(f"{proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        points = [line.split(" ", 5)[4] for line in table]
-    below = [_unescape(point) for point in points if point.startswith(target + "/")]
-    return [target, *below]
+        points = [_unescape(line.split(" ", 5)[4]) for line in table]
+    return [target, *(point for point in points if point.startswith(target + "/"))]
 
 
 def _unescape(text: str) -> str:

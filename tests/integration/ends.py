@@ -32,7 +32,8 @@ _PROGRESS = re.compile(r"[a-z-]+: ((resolve|fetch|convert|verify|commit) docker:
 
 def configured(person: Person, **settings: Any) -> Person:
     """``person`` with the embedded runtime, in a site with QUICK and these settings."""
-    path = person.home.parent / f"{'-'.join(['site', *map(str, settings.values())])}.yaml"
+    number = len(list(person.home.parent.glob("site-*.yaml")))
+    path = person.home.parent / f"site-{number}.yaml"
     path.write_text(json.dumps({**QUICK, **settings}))  # JSON is YAML
     path.chmod(0o644)
     env = {"SHIFTERWRAP_CONFIG": str(path), "SHIFTERWRAP_RUNTIME": "embedded", "XDG_RUNTIME_DIR": str(person.home)}

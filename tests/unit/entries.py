@@ -74,7 +74,7 @@ def stepped(before: Callable[[], None]) -> contextlib.ExitStack:
     """Have ``before`` called before each step, but for its own, in this process, until the stack is closed."""
     restore = contextlib.ExitStack()
     looking = [False]
-    places = [(os, name) for name in STEPS] + [(linux, "rename_noreplace"), (linux, "ofd_lock")]
+    places = [*((os, name) for name in STEPS), (linux, "ofd_lock")]
     for module, name in places:
         original = getattr(module, name)
 

@@ -81,7 +81,7 @@ def test_everything_is_durable_before_the_rename_and_the_rename_after(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    fsync, rename = os.fsync, linux.rename_noreplace
+    fsync, rename = os.fsync, os.rename
 
     def note_fsync(fd: int) -> None:
         done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
@@ -92,7 +92,7 @@ def test_everything_is_durable_before_the_rename_and_the_rename_after(
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(linux, "rename_noreplace", note_rename)
+    monkeypatch.setattr(os, "rename", note_rename)
     with store.stage(root) as made:
         os.close(store.commit(root, made, key(), write_image(made, b"image"), {}).fd)
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
