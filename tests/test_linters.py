@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shifterwrap import errors, request, sitefile
+from shifterwrap import cli, errors, request, sitefile
 
 ROOT = Path(__file__).resolve().parent.parent
 MANUALS = sorted((ROOT / "shifterwrap" / "man").glob("*.rst"))
@@ -91,6 +93,26 @@ def test_every_setting_is_in_the_manual_with_its_default(row: sitefile.Setting) 
 @pytest.mark.parametrize("name", [name for option in request.OPTIONS for name in option.names])
 def test_every_option_is_in_the_manual(name: str) -> None:
     assert name in LAUNCH_MANUAL.read_text()
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of shifterwrap's subcommands by name."""
+    (commands,) = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(commands.choices)
+
+
+@pytest.mark.parametrize("name", subcommands())
+def test_every_subcommand_and_its_options_are_in_the_manual(name: str) -> None:
+    text = ADMIN_MANUAL.read_text()
+    options = {word for action in subcommands()[name]._actions for word in action.option_strings} - {"-h", "--help"}
+    assert [word for word in (name, *sorted(options)) if word not in text] == []
+
+
+@pytest.mark.parametrize(("manual", "attribute"), [(LAUNCH_MANUAL, "launch_code"), (ADMIN_MANUAL, "admin_code")])
+def test_every_exit_code_is_in_the_manual(manual: Path, attribute: str) -> None:
+    codes = {getattr(kind, attribute) for kind in errors.classes().values()}
+    told = set(re.findall(r"^ *[*`]*(\d+)[*`]*\b", manual.read_text(), re.MULTILINE))  # where a line begins with it
+    assert {str(code) for code in codes} <= told
 
 
 def test_every_error_is_in_a_manual() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -191,3 +192,33 @@ def servers(path: str | Path) -> list[int]:
                 if words[0].endswith(b"squashfuse_ll") and any(str(path).encode() in word for word in words):
                     found.append(int(entry.name))
     return found
+
+
+# ---- installations of our own
+
+BIN = Path(sys.executable).parent
+
+
+def copied(place: Path) -> None:
+    """The checkout as its users get it: what building leaves in the tree must not be left in ours."""
+    unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "shared")
+    shutil.copytree(Path(__file__).resolve().parents[2], place, ignore=unwanted)
+
+
+def pip(python: str | Path, *words: str | Path) -> None:
+    """Install, and nothing that it depends on."""
+    quiet = ["-qq", "--disable-pip-version-check", "--no-deps", "--use-pep517"]
+    subprocess.run([python, "-m", "pip", "install", *quiet, *words], check=True)
+
+
+def environment(venv: Path, *words: str | Path, without: tuple[str, ...] = ()) -> Path:
+    """The bin directory of a new environment, with this package from `words` and what ours has `without` some of it."""
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (site,) = (BIN.parent / "lib").glob("python3*/site-packages")
+    (own,) = (venv / "lib").glob("python3*/site-packages")
+    for package in site.iterdir():
+        left_out = package.name.startswith(("shifterwrap", "__editable", "pip", "__pycache__", *without))
+        if not left_out and not (own / package.name).exists():
+            (own / package.name).symlink_to(package)
+    pip(venv / "bin" / "python", *words)
+    return venv / "bin"

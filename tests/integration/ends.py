@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,10 +56,29 @@ def app(version: str = "1") -> Image:
 
 
 def kept(person: Person, hub: Registry) -> str:
-    """The reference of an image that the person has in the cache."""
+    """The reference of an image that the person has in the cache: pulled once, and copied for later tests."""
     reference = hub.add("lab/kept", "1", app("kept"))
-    assert run(person, reference) == "kept"
+    site = Path(person.env["SHIFTERWRAP_CONFIG"]).read_bytes()
+    seed = Path(_seeds().name, f"{person.uid}-{hashlib.sha256(site).hexdigest()}")
+    if not seed.exists():
+        assert run(person, reference) == "kept"
+        (seed / "registry").mkdir(parents=True)
+        subprocess.run(["cp", "-a", person.cache, seed / "cache"], check=True)
+        (seed / "registry" / hub.address).touch()
+        return reference
+    subprocess.run(["cp", "-a", f"{seed}/cache/.", person.cache], check=True)
+    (before,) = os.listdir(seed / "registry")
+    refs = person.cache / "refs"
+    (refs / before).rename(refs / hub.address)
+    (ref,) = refs.rglob("*.json")
+    ref.write_bytes(ref.read_bytes().replace(before.encode(), hub.address.encode()))
     return reference
+
+
+@functools.cache
+def _seeds() -> tempfile.TemporaryDirectory[str]:
+    """Goes when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="shifterwrap-seeds-", dir="/var/tmp")
 
 
 def run(person: Person, reference: str, *options: str) -> str:

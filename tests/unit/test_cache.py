@@ -311,6 +311,7 @@ def test_a_named_cache_is_taken_as_named(tmp_path: Path) -> None:
 
 
 def test_without_a_name_the_first_local_place_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
     home, xdg, scratch, tmp = (str(tmp_path / name) for name in ("home", "xdg", "scratch", "tmp"))
     for path in (home, xdg, scratch, tmp):
         os.mkdir(path)
@@ -319,16 +320,22 @@ def test_without_a_name_the_first_local_place_is_taken(tmp_path: Path, monkeypat
     environ = {"HOME": home, "XDG_CACHE_HOME": xdg, "TMPDIR": tmp}
     places = []
     for path in (xdg, scratch, tmp, ""):
-        places.append(cache.locate(environ, 7, scratch))
+        places.append(cache.locate(environ, uid, scratch))
         remote.add(path)
-    assert places == [
-        f"{xdg}/shifterwrap",
-        f"{scratch}/shifterwrap-7",
-        f"{tmp}/shifterwrap-7",
-        "/var/tmp/shifterwrap-7",
-    ]
+    own = f"shifterwrap-{uid}"
+    assert places == [f"{xdg}/shifterwrap", f"{scratch}/{own}", f"{tmp}/{own}", f"/var/tmp/{own}"]
     remote.clear()
-    assert cache.locate({"HOME": home}, 7, "") == f"{home}/.cache/shifterwrap"
+    assert cache.locate({"HOME": home}, uid, "") == f"{home}/.cache/shifterwrap"
+
+
+@pytest.mark.needs("users")
+def test_a_place_where_another_user_could_exchange_the_cache_is_passed_over(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    os.chown(scratch, 2001, 2001)
+    assert cache.locate({"TMPDIR": str(tmp_path)}, 0, str(scratch)) == f"{tmp_path}/shifterwrap-0"
+    scratch.chmod(0o1777)  # nobody may rename what is not his
+    assert cache.locate({}, 0, str(scratch)) == f"{scratch}/shifterwrap-0"
 
 
 def test_the_last_use_is_that_of_the_newest_lease(root: str) -> None:
