@@ -302,15 +302,26 @@ def sound(entry: Entry) -> bool:
 
 def entries(root: str) -> Iterator[Entry]:
     """Every committed entry, by name."""
-    base = os.path.join(root, "entries")
-    try:
-        names = sorted(os.listdir(base))
-    except OSError:
-        return
-    for name in names:
-        entry = read_entry(os.path.join(base, name))
+    for path in entry_paths(root):
+        entry = read_entry(path)
         if entry is not None:
             yield entry
+
+
+def entry_paths(root: str) -> list[str]:
+    """The directories of all entries, of the damaged too."""
+    base = os.path.join(root, "entries")
+    try:
+        names = sorted(name for name in os.listdir(base) if name.rpartition(".")[2] in IMAGE_NAMES)
+        return [os.path.join(base, name) for name in names]
+    except OSError:
+        return []
+
+
+def damaged(path: str) -> Entry:
+    """A stand-in for an entry whose ``entry.json`` cannot be read, so that it can be named and removed."""
+    name = os.path.basename(path)
+    return Entry(name, path, name.rpartition(".")[2], {"bytes": 0})
 
 
 def refs(root: str) -> Iterator[Ref]:

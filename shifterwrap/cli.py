@@ -149,6 +149,9 @@ def select(context: Context, texts: Iterable[str]) -> list[Entry]:
             if entry.record.get("digest") in digests or entry.name == text
             or (len(bare) >= 8 and str(entry.record.get("digest", "")).removeprefix("sha256:").startswith(bare))
         ]
+        if not matches:  # perhaps one whose record is damaged
+            paths = cache.entry_paths(context.root)
+            matches = [cache.damaged(path) for path in paths if os.path.basename(path) == text]
         if not matches:
             raise NotCached(f"{text} is not in the cache {context.root}", "shifterwrap list shows what is")
         found += [entry for entry in matches if entry not in found]
@@ -193,7 +196,8 @@ def _inspect_lines(document: dict[str, Any]) -> list[str]:
 
 def _verify(context: Context) -> int:
     everything = context.args.all or not context.args.image
-    chosen = list(cache.entries(context.root)) if everything else select(context, context.args.image)
+    every = [cache.read_entry(path) or cache.damaged(path) for path in cache.entry_paths(context.root)]
+    chosen = every if everything else select(context, context.args.image)
     rows = []
     for entry in chosen:
         fault = _fault(entry)
@@ -225,7 +229,8 @@ def _fault(entry: Entry) -> str:
 
 
 def _rm(context: Context) -> int:
-    entries = list(cache.entries(context.root)) if context.args.all else select(context, context.args.image)
+    every = [cache.read_entry(path) or cache.damaged(path) for path in cache.entry_paths(context.root)]
+    entries = every if context.args.all else select(context, context.args.image)
     busy: Optional[EntryBusy] = None
     rows = []
     for entry in entries:
@@ -323,17 +328,16 @@ def _export(context: Context) -> int:
 def _copy(source: str, target: str) -> None:
     """Copy in the kernel where it can (reflink, copy_file_range), and put the result in place in one step."""
     temporary = f"{target}.new-{os.getpid()}"
-    try:
-        with open(source, "rb", buffering=0) as src, open(temporary, "xb", buffering=0) as dst:
+    with open(source, "rb", buffering=0) as src, open(temporary, "xb", buffering=0) as dst:
+        try:
             left = os.fstat(src.fileno()).st_size
             while left > 0:
                 left -= os.sendfile(dst.fileno(), src.fileno(), None, left)
             os.fsync(dst.fileno())
-        os.replace(temporary, target)
-    except BaseException as exc:
-        if not isinstance(exc, FileExistsError):
+            os.replace(temporary, target)
+        except BaseException:
             os.unlink(temporary)
-        raise
+            raise
 
 
 def _config(context: Context) -> int:

@@ -151,7 +151,8 @@ def _read(path: str) -> str:
 
 def _overlay(facts: Host) -> Finding:
     def mount() -> None:
-        embedded.unshare_user(facts) if facts.uid else None
+        if facts.uid:
+            embedded.unshare_user((facts.uid, facts.gid), (facts.uid, facts.gid))
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount("", "/", flags=linux.MS_REC | linux.MS_SLAVE)
         linux.mount("overlay", "/mnt", "overlay", linux.MS_RDONLY, "lowerdir=/usr:/etc")

@@ -140,8 +140,10 @@ def _start(made: plan.Plan, facts: Host, runtime: str, held: Lease, environ: Map
 def _check_sources(made: plan.Plan) -> None:
     """Say it before the runtime does, in our words and with our exit code; the embedded runtime opens them itself."""
     for bind in made.binds:
-        if not os.path.exists(bind.source):
-            raise UsageError(f"bind source {bind.source}: no such file or directory", "correct --bind, or create it")
+        try:
+            os.stat(bind.source)
+        except OSError as exc:
+            raise UsageError(f"bind source {bind.source}: {exc.strerror}", "correct --bind, or create it") from None
 
 
 def _command(made: plan.Plan, facts: Host, runtime: str, environ: Mapping[str, str]) -> plan.Command:

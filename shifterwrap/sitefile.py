@@ -19,6 +19,7 @@ from .oci import parse_reference
 from .request import parse_bind
 
 Value = Union[str, int, bool, tuple[str, ...]]
+_KEPT_SNAPSHOTS = 16
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -227,8 +228,17 @@ def write_snapshot(document: dict[str, Any], path: str) -> None:
         with open(temporary, "w", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o644)) as stream:
             json.dump(document, stream)
         os.replace(temporary, target)
+        if not site:
+            _forget_old(directory)
     except OSError as exc:
         print(f"shifterwrap: no configuration snapshot: {exc.filename}: {exc.strerror}", file=sys.stderr)
+
+
+def _forget_old(directory: str) -> None:
+    """Keep the newest copies of a user who names a file for each of his jobs; what is missing is made anew."""
+    names = [os.path.join(directory, name) for name in os.listdir(directory) if name.startswith("config-")]
+    for name in sorted(names, key=os.path.getmtime)[:-_KEPT_SNAPSHOTS]:
+        os.unlink(name)
 
 
 def answer(path: str) -> int:

@@ -310,10 +310,10 @@ class _Program:
         if any(os.strerror(number) in said for number in FULL):
             return True
         try:
-            os.pwrite(self._output_fd, bytes(PIPE_BYTES), os.fstat(self._output_fd).st_size)
+            written = os.pwrite(self._output_fd, bytes(PIPE_BYTES), os.fstat(self._output_fd).st_size)
         except OSError as exc:
             return exc.errno in FULL
-        return False
+        return written < PIPE_BYTES
 
 
 def _check_written(path: str, writer: Writer, options: Options) -> None:

@@ -89,8 +89,12 @@ def enter(plan: Plan, host: Host, namespaces: Optional[Namespaces] = None) -> No
     umask = os.umask(0o022)
     tree = plan.image.kind == "tree"
     server, device = None, ""
+    # A user namespace maps one uid, and overlay copies up no file of another: so that an ordinary user's writes reach
+    # root's files too, he is root while the container is built, and himself again in a second namespace at its end.
+    as_root = plan.writable_tmpfs and host.uid != 0
+    owner = (0, 0) if as_root else (host.uid, host.gid)
     if host.uid != 0:
-        unshare_user(host)
+        unshare_user(owner, (host.uid, host.gid))
     if not tree and host.mounts_by_loop:
         device = _attach(plan.image.path)
     elif not tree:
@@ -102,18 +106,22 @@ def enter(plan: Plan, host: Host, namespaces: Optional[Namespaces] = None) -> No
     image_fd = os.open(plan.image.path, os.O_PATH | os.O_CLOEXEC) if tree else -1
     _become_base()
     if server is not None:
-        _mount_fuse(plan.image.path, server, host)
+        _mount_fuse(plan.image.path, server, owner)
     elif device:
         with _step(f"a mount of {plan.image.path}", "is squashfs in the kernel? shifterwrap doctor"):
             linux.mount(f"/old{device}", "/lower", "squashfs", _READ_ONLY)
     else:
         _bind(image_fd, "/lower", readonly=True)
     _assemble(plan, opened, host)
+    proc_fd = os.open("/old/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     os.chdir("/root")
     with _step("the container's root"):
         linux.pivot_root(".", ".")  # the old root is stacked on the new one; pivot_root(2)
         linux.umount(".", linux.MNT_DETACH)
     os.chdir("/")
+    if as_root:
+        unshare_user((host.uid, host.gid), owner, proc_fd)
+    os.close(proc_fd)
     os.umask(umask)
     linux.no_new_privs()
 
@@ -142,13 +150,17 @@ class _step:
             raise SandboxError(f"the kernel refused {self.what}{where}: {exc.strerror}", self.hint) from None
 
 
-def unshare_user(host: Host) -> None:
-    """Enter a user namespace in which the caller is who he was; his other groups stay effective, shown as nobody."""
+def unshare_user(inside: tuple[int, int], outside: tuple[int, int], proc_fd: Optional[int] = None) -> None:
+    """Enter a user namespace in which the caller, uid and gid ``outside``, is ``inside``.
+
+    His other groups stay effective, shown as nobody. ``proc_fd`` is /proc where that is not at its place.
+    """
     with _step("a user namespace", "they are off for ordinary users here; shifterwrap doctor says how to allow them"):
         linux.unshare(linux.CLONE_NEWUSER)
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{host.uid} {host.uid} 1"),
-                           ("gid_map", f"{host.gid} {host.gid} 1")):
-            fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        for name, line in (("setgroups", "deny"), ("uid_map", f"{inside[0]} {outside[0]} 1"),
+                           ("gid_map", f"{inside[1]} {outside[1]} 1")):
+            path = f"/proc/self/{name}" if proc_fd is None else f"self/{name}"
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc_fd)
             os.write(fd, line.encode())
             os.close(fd)
 
@@ -243,8 +255,8 @@ def _attach(image: str) -> str:
     return device
 
 
-def _mount_fuse(image: str, server: _Server, host: Host) -> None:
-    options = (f"fd={server.fuse_fd},rootmode=40000,user_id={host.uid},group_id={host.gid},"
+def _mount_fuse(image: str, server: _Server, owner: tuple[int, int]) -> None:
+    options = (f"fd={server.fuse_fd},rootmode=40000,user_id={owner[0]},group_id={owner[1]},"
                "allow_other,default_permissions")
     with _step("a FUSE mount in a user namespace", "needs Linux 4.18 or newer"):
         linux.mount("squashfuse_ll", "/lower", "fuse", _READ_ONLY, options)

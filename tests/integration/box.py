@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -157,10 +158,13 @@ def boxed(registry: StockedRegistry, workspace: Path, name: str, kind: str, conf
 
 def configured(person: Person, text: str) -> Mapping[str, str]:
     """The environment that makes `text` the person's configuration."""
-    path = person.home.parent / f"{abs(hash(text))}" / "shifterwrap.yaml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return {"SHIFTERWRAP_CONFIG": str(path)}
+    place = person.home.parent / f"settings-{abs(hash(text))}"
+    run = place / "run"  # the snapshot lies in there, and not in /dev/shm for ever
+    place.mkdir(exist_ok=True)
+    run.mkdir(mode=0o700, exist_ok=True)
+    os.chown(run, person.uid, person.gid)
+    (place / "shifterwrap.yaml").write_text(text, encoding="utf-8")
+    return {"SHIFTERWRAP_CONFIG": str(place / "shifterwrap.yaml"), "XDG_RUNTIME_DIR": str(run)}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from tests.fakes.registry import Registry
 from tests.integration import ends
 from tests.integration.ends import app, configured, refused, run, unharmed
 from tests.testbed.people import Person
+from tests.testbed.stock import StockedRegistry
 
 pytestmark = pytest.mark.needs(*ends.NEEDS)
 
@@ -424,3 +425,14 @@ def test_a_damaged_lock_record_is_no_record(user: Person, hub: Registry) -> None
             lock.write_bytes(content)
         assert run(user, kept) == "kept"
         assert user.run(["shifterwrap", "rm", kept]).returncode == 0
+
+
+def test_an_entry_without_its_record_is_reported_and_can_be_removed(registry: StockedRegistry, tester: Person) -> None:
+    assert tester.run(["shifterwrap", "pull", registry.image("busybox")]).returncode == 0
+    (entry,) = (tester.cache / "entries").iterdir()
+    entry.joinpath("entry.json").write_text("{")
+    verified = tester.run(["shifterwrap", "verify"])
+    assert verified.returncode == 1
+    assert f"DAMAGED {entry.name}" in verified.stdout
+    assert tester.run(["shifterwrap", "rm", entry.name]).returncode == 0
+    assert not entry.exists()
