@@ -59,7 +59,8 @@ old=$(old_python || true)
 if [ -n "$old" ]; then
 	say "the unit tests with $("$old" --version)"
 	environment "$base/venv-$oldest" "$old"
-	suite "$base/venv-$oldest" tests/unit || failed=$?
+	# that interpreter may lie where ordinary users cannot run it: tests that act as one are skipped then
+	SHIFTERWRAP_TESTS_REQUIRE_ALL=0 suite "$base/venv-$oldest" tests/unit || failed=$?
 else
 	say "skipped: the unit tests with Python $oldest, which is not installed"
 fi
