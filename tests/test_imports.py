@@ -75,7 +75,8 @@ MAY_IMPORT = {
     "lease": "errors values cache config oci progress singleflight store",
     "plan": "errors values config oci request",
     "runtimes": "",
-    "runtimes.embedded": "errors host linux plan request values",
+    "runtimes.rootfs": "errors host linux plan request values",
+    "runtimes.embedded": "errors host linux plan values runtimes.rootfs",
     "runtimes.apptainer": "errors host plan request values",
     "runtimes.charliecloud": "errors host plan request values",
     # composers

@@ -10,7 +10,7 @@ from typing import Optional
 import pytest
 
 from shifterwrap.errors import CommandNotExecutable, CommandNotFound, Error, SandboxError
-from shifterwrap.runtimes import embedded
+from shifterwrap.runtimes import embedded, rootfs
 
 LINKS = {
     "lib": "usr/lib",
@@ -65,13 +65,13 @@ def root(tmp_path: Path) -> str:
     ],
 )
 def test_links_stay_in_the_image(root: str, path: str, real: str) -> None:
-    assert embedded.resolve(root, path) == real
+    assert rootfs.resolve(root, path) == real
 
 
 @pytest.mark.parametrize("path", ["/self", "/one/x", "/two"])
 def test_loops_are_found(root: str, path: str) -> None:
     with pytest.raises(SandboxError, match="too many symbolic links in the image"):
-        embedded.resolve(root, path)
+        rootfs.resolve(root, path)
 
 
 def test_a_long_chain_is_a_loop_too(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_long_chain_is_a_loop_too(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"l{number}").symlink_to(f"l{number + 1}")
     (tmp_path / "l50").touch()
-    assert embedded.resolve(str(tmp_path), "/l10") == "/l50"
+    assert rootfs.resolve(str(tmp_path), "/l10") == "/l50"
     with pytest.raises(SandboxError):
-        embedded.resolve(str(tmp_path), "/l9")
+        rootfs.resolve(str(tmp_path), "/l9")
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_a_long_chain_is_a_loop_too(tmp_path: Path) -> None:
 )
 def test_where_a_bind_goes(root: str, target: str, directory: bool, place: str) -> None:
     """A directory through the image's links, a file in the place of one."""
-    assert embedded.place(root, target, directory) == place
+    assert rootfs.place(root, target, directory) == place
 
 
 @pytest.mark.parametrize("target", ["/slash", "/dot", "/slash/slash"])
 def test_no_bind_replaces_the_root(root: str, target: str) -> None:
     with pytest.raises(SandboxError, match=f"{target} is a link to the root in the image"):
-        embedded.place(root, target, True)
+        rootfs.place(root, target, True)
 
 
 def executable(path: Path, mode: int = 0o755) -> None:
@@ -178,7 +178,7 @@ def test_mounts_below_a_bind(tmp_path: Path) -> None:
     points = ["/", "/root/mnt", r"/root/mnt/a\040b", r"/root/mnt/tab\011nl\012back\134slash", "/root/mnt2", "/root/mn"]
     rows = [f"{number} 1 0:1 / {point} rw - tmpfs x rw" for number, point in enumerate(points)]
     (tmp_path / "self" / "mountinfo").write_text("\n".join(rows))
-    found = embedded._mounts_below("/root/mnt", str(tmp_path))
+    found = rootfs._mounts_below("/root/mnt", str(tmp_path))
     assert found == ["/root/mnt", "/root/mnt/a b", "/root/mnt/tab\tnl\nback\\slash"]
 
 
@@ -190,7 +190,7 @@ def test_mounts_below_a_bind(tmp_path: Path) -> None:
     ],
 )
 def test_a_step_names_what_the_kernel_refused(fault: OSError, message: str) -> None:
-    with pytest.raises(SandboxError) as caught, embedded._step("a thing", "do this"):
+    with pytest.raises(SandboxError) as caught, rootfs.step("a thing", "do this"):
         raise fault
     assert (caught.value.message, caught.value.hint) == (message, "do this")
 
@@ -198,7 +198,7 @@ def test_a_step_names_what_the_kernel_refused(fault: OSError, message: str) -> N
 @pytest.mark.parametrize("fault", [None, KeyError("x"), CommandNotFound("x")])
 def test_a_step_leaves_other_errors_alone(fault: Optional[Exception]) -> None:
     if fault is None:
-        with embedded._step("a thing"):
+        with rootfs.step("a thing"):
             return
-    with pytest.raises(type(fault)), embedded._step("a thing"):
+    with pytest.raises(type(fault)), rootfs.step("a thing"):
         raise fault
