@@ -40,7 +40,7 @@ CONFIG = {
     + [f"{name}={value}" for name, value in {**HOSTILE, **WIRE_UP}.items()],
     "Entrypoint": ["/opt/words", "entry"],
     "Cmd": ["cmd", "second word"],
-    "WorkingDir": "/work",
+    "WorkingDir": "/worktop",
 }
 WORDS = b"#!/bin/sh\nprintf '%s\\n' \"$@\"\n"
 
@@ -48,7 +48,7 @@ WORDS = b"#!/bin/sh\nprintf '%s\\n' \"$@\"\n"
 def lab() -> list[Image]:
     """A root with a shell, and everything that a launch may stumble over."""
     members = [
-        directory("work"),
+        directory("worktop"),
         directory("opt/tools"),
         directory("opt/directory"),
         directory("opt/suid"),

@@ -190,7 +190,7 @@ def test_current_directory_in_what_every_container_has(box: Box, path: str) -> N
 @pytest.mark.parametrize("path", ["/", "/usr", "/usr/lib", "/etc", "/home", "/opt", "/proc/self"])
 def test_current_directory_of_the_operating_system_is_the_images(box: Box, path: str) -> None:
     """The host's /usr says nothing about the image's: such a directory is neither bound nor entered."""
-    assert box.out("pwd; head -n 1 /etc/os-release", cwd=path) == '/work\nNAME="shifterwrap testbed"\n'
+    assert box.out("pwd; head -n 1 /etc/os-release", cwd=path) == '/worktop\nNAME="shifterwrap testbed"\n'
 
 
 def test_a_removed_current_directory_is_no_obstacle(box: Box, elsewhere: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_removed_current_directory_is_no_obstacle(box: Box, elsewhere: Path) -
     os.chown(gone, box.person.uid, box.person.gid)
     argv = ["sh", "-c", 'rmdir "$0"; exec "$@"', gone, *box.argv(("pwd",))]
     done = box.person.run(argv, cwd=gone)
-    assert (done.returncode, done.stdout) == (0, "/work\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "/worktop\n"), done.stderr
 
 
 @pytest.mark.parametrize("path", ["/tmp", "/var/tmp", "/dev/shm"])
@@ -229,7 +229,7 @@ def test_what_the_host_keeps_to_itself(box: Box) -> None:
     names = set(box.out("ls -a /").split())
     assert names == {
         ".", "..", "bin", "data", "dev", "etc", "home", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp",
-        "usr", "var", "work",
+        "usr", "var", "worktop",
     }
     mounts = [line.split()[4] for line in box.out("cat /proc/self/mountinfo").splitlines()]
     assert mounts[0] == "/"
@@ -238,7 +238,7 @@ def test_what_the_host_keeps_to_itself(box: Box) -> None:
 
 def test_the_root_is_read_only(box: Box) -> None:
     script = """
-        for path in /new /etc/new /work/new /data/real/file /etc/passwd.new; do
+        for path in /new /etc/new /worktop/new /data/real/file /etc/passwd.new; do
             (echo x >"$path") 2>/dev/null && echo "wrote $path"
         done
         rm /data/real/file 2>/dev/null && echo removed; mkdir /home/new 2>/dev/null && echo made; true"""
@@ -398,6 +398,11 @@ def test_a_running_command_holds_the_lease(box: Box) -> None:
         process.wait()
         assert not box.in_use()
     assert [row.kind for row in box.rows()] == [box.kind]
+
+
+def test_a_scripts_own_descriptors_do_not_end_the_lease(box: Box) -> None:
+    with box.running("exec 3>/dev/null 4>/dev/null 9>/dev/null"):
+        assert box.in_use()
 
 
 def test_two_commands_share_the_entry(box: Box) -> None:
@@ -615,7 +620,7 @@ def test_workdir_that_is_not_there(either: Box, path: str, words: str) -> None:
     ],
 )
 def test_what_runs(either: Box, options: tuple[str, ...], command: tuple[str, ...], said: list[str]) -> None:
-    options = ("--workdir", "/work", *options)
+    options = ("--workdir", "/worktop", *options)
     done = either.run(*command, options=options)
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, said, "")
 
@@ -676,10 +681,10 @@ def test_arguments_are_bytes(box: Box) -> None:
 
 def test_writable_tmpfs(box: Box) -> None:
     script = """
-        set -e; echo new >/etc/new; mkdir /work/sub; rm /data/real/file; echo changed >/etc/os-release
-        cat /etc/new /etc/os-release; ls -d /work/sub; ls /data/real"""
-    assert box.out(script, options=("--writable-tmpfs",)) == "new\nchanged\n/work/sub\n"
-    assert box.out("cat /data/real/file; ls -A /work; head -c 4 /etc/os-release; test ! -e /etc/new") == (
+        set -e; echo new >/etc/new; mkdir /worktop/sub; rm /data/real/file; echo changed >/etc/os-release
+        cat /etc/new /etc/os-release; ls -d /worktop/sub; ls /data/real"""
+    assert box.out(script, options=("--writable-tmpfs",)) == "new\nchanged\n/worktop/sub\n"
+    assert box.out("cat /data/real/file; ls -A /worktop; head -c 4 /etc/os-release; test ! -e /etc/new") == (
         "of the image\nNAME"
     )
     assert box.person.run(["shifterwrap", "verify"]).returncode == 0
@@ -733,6 +738,29 @@ def test_errors_as_json(tester_box: Box) -> None:
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, error["id"]) == (125, "UsageError")
     assert "/none" in error["message"]
+
+
+@pytest.mark.parametrize(("options", "command", "code", "name"), [
+    ((), "nosuch", 127, "CommandNotFound"), (("--workdir", "/none"), "true", 125, "SandboxError"),
+])
+def test_errors_in_the_container_as_json(either: Box, options: tuple[str, ...], command: str, code: int,
+                                         name: str) -> None:
+    done = either.run(command, options=("--json", *options))
+    assert (done.returncode, json.loads(done.stdout)["error"]["id"]) == (code, name), done.stderr
+
+
+def test_read_only_below_a_path_with_a_space(registry: StockedRegistry, tester_box: Box, elsewhere: Path) -> None:
+    (elsewhere / "sub").mkdir(mode=0o777)
+    os.chmod(elsewhere / "sub", 0o777)
+    write = 'echo x >"/mnt/a b/sub/f"'
+    command = tester_box.argv(("sh", "-c", write), ("--bind", f"{elsewhere}:/mnt/a b:ro"))
+    mount = 'mount -t tmpfs -o mode=777 x "$1"; shift; exec "$@"'
+    person = tester_box.person
+    identity = ["setpriv", f"--reuid={person.uid}", f"--regid={person.gid}", "--clear-groups"]
+    done = subprocess.run(["unshare", "--mount", "sh", "-ec", mount, "sh", elsewhere / "sub", *identity, *command],
+                          env=person.env, cwd=person.home, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Read-only" in done.stderr
 
 
 def test_dry_run_of_what_is_not_cached(tester_box: Box, registry: StockedRegistry) -> None:

@@ -457,7 +457,7 @@ def test_a_config_that_says_nothing(run: Any) -> None:
     assert parsed == oci.ImageConfig((), (), (), "", "", {}, "", "linux", (SHA256, SHA512))
 
 
-@pytest.mark.parametrize("item", ["", "=", "NAME", "=value"])
+@pytest.mark.parametrize("item", ["", "=", "NAME", "=value", "=a=b"])
 def test_variables_without_a_name_or_a_value_are_dropped(item: str) -> None:
     assert oci.parse_config(config({"Env": ["A=b", item]}), 2, WHERE).env == ("A=b",)
 

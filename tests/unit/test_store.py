@@ -567,3 +567,27 @@ def test_the_size_of_the_cache_is_the_sum_of_its_entries(root: str) -> None:
     shutil.rmtree(os.path.join(root, "entries", str(key(1))))  # behind our back
     assert sum(candidate.bytes for candidate in store.candidates(root)) == 500
     assert evict.victims(store.candidates(root), 1, evict.MIN_AGE_SECONDS)[0].name == str(key(2))
+
+
+def test_a_stage_directory_goes_however_deep_and_closed_an_image_nests_it(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    with store.stage(root) as made:
+        parent = os.open(made.path, os.O_RDONLY)
+        for _ in range(3000):
+            os.mkdir("d" * 40, 0o700, dir_fd=parent)
+            child = os.open("d" * 40, os.O_RDONLY, dir_fd=parent)
+            os.close(parent)
+            parent = child
+        os.fchmod(parent, 0)
+        os.close(parent)
+    assert not os.path.exists(made.path)
+
+
+def test_a_committed_entrys_last_use_is_its_commit(tmp_path: Path) -> None:
+    root = make_root(tmp_path)
+    with store.stage(root) as made:
+        os.utime(made.lock_fd, (1.0, 1.0))  # a pull that took long
+        record = write_image(made, b"image")
+        lease = store.commit(root, made, key(), record, {})
+    assert time.time() - cache.last_used(lease.entry) < evict.MIN_AGE_SECONDS
+    os.close(lease.fd)
